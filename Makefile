@@ -1,0 +1,23 @@
+# Each target sets up what it needs; `make demo` and `make test` work in a fresh clone.
+VENV ?= .venv
+RUN = $(VENV)/bin/
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.ready
+	$(RUN)python jobs/demo.py demo
+
+test: $(VENV)/.ready
+	$(RUN)python -m pytest
+
+lint: $(VENV)/.ready
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

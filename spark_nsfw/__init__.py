@@ -1,0 +1,61 @@
+"""Find what is not safe for work among billions of images, with Spark.
+
+The names below are the public API. Those that need Spark are imported when first
+used, so that the core runs without pyspark and Java.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spark_nsfw.classifiers import ImageClassifier, NsfwClassifier
+    from spark_nsfw.dataset import ImageTextPairDataset
+    from spark_nsfw.embedders import TimmImageEmbedder
+    from spark_nsfw.errors import SparkNsfwError
+    from spark_nsfw.samples import SampleOptions, iter_sample_batches
+    from spark_nsfw.schema import Status
+    from spark_nsfw.scorer import Scorer
+    from spark_nsfw.spark.reader import read_webdataset
+    from spark_nsfw.spark.udf import nsfw_udf, score_samples
+
+_MODULES = {
+    "ImageClassifier": "classifiers",
+    "ImageTextPairDataset": "dataset",
+    "NsfwClassifier": "classifiers",
+    "SampleOptions": "samples",
+    "Scorer": "scorer",
+    "SparkNsfwError": "errors",
+    "Status": "schema",
+    "TimmImageEmbedder": "embedders",
+    "iter_sample_batches": "samples",
+    "nsfw_udf": "spark.udf",
+    "read_webdataset": "spark.reader",
+    "score_samples": "spark.udf",
+}
+
+__all__ = [
+    "ImageClassifier",
+    "ImageTextPairDataset",
+    "NsfwClassifier",
+    "SampleOptions",
+    "Scorer",
+    "SparkNsfwError",
+    "Status",
+    "TimmImageEmbedder",
+    "iter_sample_batches",
+    "nsfw_udf",
+    "read_webdataset",
+    "score_samples",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

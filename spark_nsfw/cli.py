@@ -1,0 +1,182 @@
+"""Command line: ``spark-nsfw score INPUT... OUTPUT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from spark_nsfw.errors import InputError, SparkNsfwError
+
+__all__ = ["main"]
+
+_DEFAULT_MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad arguments."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except InputError as exc:
+        print(f"spark-nsfw: {exc}", file=sys.stderr)
+        return 2
+    except SparkNsfwError as exc:
+        print(f"spark-nsfw: {type(exc).__name__}: {exc}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spark-nsfw", description="Find NSFW images in WebDataset shards with Spark."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    score = commands.add_parser(
+        "score",
+        help="score every image of some shards into Parquet",
+        description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
+        "and write Parquet metadata partitioned by shard. A run that was stopped continues "
+        "where it was when it is started again.",
+    )
+    _add_score_arguments(score)
+    score.set_defaults(run=_score)
+    return parser
+
+
+def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input",
+        nargs="+",
+        help="directory, .tar file, glob or brace range such as 'shards/{00000..00099}.tar'; "
+        "several may be given",
+    )
+    parser.add_argument("output", help="directory for the Parquet metadata")
+
+    model = parser.add_argument_group("models")
+    model.add_argument("--model", default=_DEFAULT_MODEL, help="timm tower (default: %(default)s)")
+    model.add_argument(
+        "--clip-checkpoint",
+        metavar="FILE",
+        help="CLIP weights: timm's or open_clip's file, or OpenAI's ViT-L-14.pt",
+    )
+    model.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="download the tower's weights unless --clip-checkpoint is given; "
+        "--no-pretrained takes random ones, whose scores mean nothing",
+    )
+    model.add_argument(
+        "--embedding-size",
+        type=int,
+        metavar="D",
+        help="width of the embeddings, for towers without a projection of their own",
+    )
+    model.add_argument(
+        "--nsfw-checkpoint",
+        metavar="FILE",
+        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
+        "safetensors (default: LAION's, downloaded once)",
+    )
+    model.add_argument(
+        "--nsfw-variant",
+        choices=["torch", "laion"],
+        default="torch",
+        help="torch: scores as NeMo Curator and DataComp have them; laion: as LAION's "
+        "TensorFlow model gives them (default: %(default)s)",
+    )
+
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
+    speed.add_argument("--num-threads", type=int, default=4, help="decoding threads per worker")
+    speed.add_argument(
+        "--precision",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="of the tower; auto: float16 on a GPU, float32 on a CPU",
+    )
+    speed.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    speed.add_argument(
+        "--plan",
+        choices=["dataframe", "fused"],
+        default="dataframe",
+        help="dataframe: images pass through Spark; fused: one Python worker reads and scores; "
+        "the rows are the same (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--shards-per-wave",
+        type=int,
+        default=256,
+        help="shards written together: what a kill can cost (default: %(default)s)",
+    )
+
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--id-col", default="key", help="sample id in sidecars and JSON (default: %(default)s)"
+    )
+    rows.add_argument(
+        "--columns",
+        metavar="A,B",
+        help="which of the dataset's own columns to keep (default: all; '' for none)",
+    )
+    rows.add_argument("--captions", action="store_true", help="keep the .txt member as caption")
+    rows.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the image_embedding column",
+    )
+    rows.add_argument(
+        "--image-extensions", metavar="A,B", help="which members are images, in order of preference"
+    )
+
+
+def _score(options: argparse.Namespace) -> int:
+    # Imported here, so that `--help` does not wait for torch and Spark.
+    from spark_nsfw.classifiers import NsfwClassifier
+    from spark_nsfw.embedders import TimmImageEmbedder
+    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
+    from spark_nsfw.spark.job import JobOptions, run_job
+    from spark_nsfw.spark.session import active_or_local_session
+
+    embedder = TimmImageEmbedder(
+        options.model,
+        pretrained=options.pretrained and options.clip_checkpoint is None,
+        batch_size=options.batch_size,
+        num_threads_per_worker=options.num_threads,
+        checkpoint_path=options.clip_checkpoint,
+        precision=None if options.precision == "auto" else options.precision,
+        embedding_size=options.embedding_size,
+        classifiers=[
+            NsfwClassifier(model_path=options.nsfw_checkpoint, variant=options.nsfw_variant)
+        ],
+    )
+    extensions = _names(options.image_extensions)
+    job = JobOptions(
+        plan=options.plan,
+        shards_per_wave=options.shards_per_wave,
+        columns=_names(options.columns),
+        keep_embeddings=options.embeddings,
+        device=options.device,
+        samples=SampleOptions(
+            image_extensions=IMAGE_EXTENSIONS if extensions is None else extensions,
+            captions=options.captions,
+            id_col=options.id_col,
+        ),
+    )
+    inputs = ShardInputs.parse(options.input)
+    summary = run_job(active_or_local_session(), inputs, options.output, embedder, options=job)
+    print(summary)
+    return 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""`ImageTextPairDataset`, the face that NeMo Curator's users know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from spark_nsfw.classifiers import ImageClassifier
+from spark_nsfw.embedders import TimmImageEmbedder
+from spark_nsfw.errors import InputError
+from spark_nsfw.inputs import ShardInputs
+from spark_nsfw.provenance import provenance
+from spark_nsfw.samples import SampleOptions
+from spark_nsfw.schema import IMAGE, SHARD
+from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
+from spark_nsfw.spark.session import active_or_local_session
+from spark_nsfw.spark.udf import classifier_udf, score_shards, settled
+from spark_nsfw.spark.writer import (
+    SCHEMA_PARTITION,
+    with_provenance,
+    write_metadata,
+    write_schema,
+)
+from spark_nsfw.storage import resolve
+
+__all__ = ["ImageTextPairDataset"]
+
+
+class ImageTextPairDataset:
+    """Shards of images, with metadata that embedders and classifiers add to.
+
+    Nothing is computed before `metadata` is read or `save_metadata` called; an embedder
+    and all classifiers that follow it share one pass over the images.
+
+    Source: NVIDIA NeMo Curator, ``nemo_curator.datasets.ImageTextPairDataset``.
+    """
+
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        id_col: str,
+        spark: SparkSession,
+        captions: bool = False,
+        embedder: TimmImageEmbedder | None = None,
+        classifiers: Sequence[ImageClassifier] = (),
+    ) -> None:
+        self.path = path
+        self.id_col = id_col
+        self.spark = spark
+        self.captions = captions
+        self.embedder = embedder
+        self.classifiers = tuple(classifiers)
+        self._inputs = ShardInputs.parse(path)
+
+    @classmethod
+    def from_webdataset(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str],
+        id_col: str = "key",
+        *,
+        captions: bool = False,
+        spark: SparkSession | None = None,
+    ) -> ImageTextPairDataset:
+        """A dataset of WebDataset shards.
+
+        Args:
+            path: directory, tar file, glob or brace range, or several of them.
+            id_col: the column of sidecar Parquet and JSON that holds the sample id.
+            captions: keep the ``.txt`` member as column ``caption``.
+            spark: by default the active session, or a local one.
+
+        Raises:
+            InputError: there is no shard.
+        """
+        given = os.fspath(path) if isinstance(path, os.PathLike) else path
+        dataset = cls(given, id_col, spark or active_or_local_session(), captions)
+        dataset.tar_files  # noqa: B018  # a wrong path is refused here, not at the first action
+        return dataset
+
+    @cached_property
+    def tar_files(self) -> list[str]:
+        """The paths of the shards, sorted."""
+        return list_shards(self.spark, self._inputs)
+
+    @cached_property
+    def _options(self) -> SampleOptions:
+        columns = settle_columns(self.spark, self.tar_files[0], self.id_col, None)
+        return SampleOptions(
+            captions=self.captions,
+            id_col=self.id_col,
+            passthrough=columns,
+            images=self.embedder is not None,
+        )
+
+    @property
+    def metadata(self) -> DataFrame:
+        """One row per sample: the dataset's own columns and those added so far, not yet computed.
+
+        See `spark_nsfw.schema` for the columns.
+        """
+        paths = shard_paths(self.spark, self._inputs)
+        if self.embedder is None:
+            metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
+            for classifier in self.classifiers:
+                metadata = _with_stored_scores(metadata, classifier)
+            return metadata
+        scored = score_shards(paths, self._inputs, self._options, self.embedder, self.classifiers)
+        classifiers = settled(self.embedder, self.classifiers)
+        return with_provenance(scored, self._result_columns, provenance(self.embedder, classifiers))
+
+    @property
+    def _result_columns(self) -> list[str]:
+        embedding = [] if self.embedder is None else [self.embedder.image_embedding_column]
+        return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
+
+    def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
+        """The same dataset, embedded, and scored by the embedder's classifiers."""
+        return ImageTextPairDataset(
+            self.path, self.id_col, self.spark, self.captions, embedder, embedder.classifiers
+        )
+
+    def with_classifier(self, classifier: ImageClassifier) -> ImageTextPairDataset:
+        """The same dataset, scored.
+
+        Embeddings that are yet to be computed are classified in the same pass; without
+        an embedder the classifier reads the dataset's column of stored embeddings.
+        """
+        return ImageTextPairDataset(
+            self.path,
+            self.id_col,
+            self.spark,
+            self.captions,
+            self.embedder,
+            (*self.classifiers, classifier),
+        )
+
+    def save_metadata(self, path: str | None = None, columns: Sequence[str] | None = None) -> None:
+        """Compute the metadata and write it as Parquet.
+
+        Args:
+            path: a directory that gets one partition ``shard=…`` per shard. None writes
+                one Parquet file beside each shard, ``00042.parquet`` beside ``00042.tar``,
+                and replaces the one that is there, as NeMo Curator does.
+            columns: the columns to save; None saves all of them.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        metadata = self.metadata
+        if columns is not None:
+            unknown = [name for name in columns if name not in metadata.columns]
+            if unknown:
+                raise InputError(
+                    f"no column {', '.join(unknown)}; there are {', '.join(metadata.columns)}"
+                )
+            metadata = metadata.select(SHARD, *(f"`{name}`" for name in columns if name != SHARD))
+        if path is not None:
+            write_schema(metadata, path)
+            write_metadata(metadata, path)
+            return
+        root = self._inputs.roots[0]
+        filesystem, _, _ = self.tar_files[0].partition(root)
+        staging = f"{filesystem}{root}_spark_nsfw_sidecars"
+        write_metadata(metadata, staging)
+        self._move_beside_shards(staging)
+
+    def _move_beside_shards(self, staging: str) -> None:
+        """Give each shard's one Parquet file the place and name of its sidecar."""
+        from pyarrow.fs import FileSelector
+
+        shard_of = {self._inputs.shard_name(path): path for path in self.tar_files}
+        filesystem, directory = resolve(staging)
+        for info in filesystem.get_file_info(FileSelector(directory, recursive=True)):
+            if info.base_name.endswith(".parquet") and not info.base_name.startswith((".", "_")):
+                name = _partition_value(info.path)
+                if name != SCHEMA_PARTITION:
+                    sidecar = resolve(shard_of[name].removesuffix(".tar") + ".parquet")[1]
+                    filesystem.move(info.path, sidecar)
+        filesystem.delete_dir(directory)
+
+
+def _partition_value(path: str) -> str:
+    from urllib.parse import unquote
+
+    return unquote(path.rsplit(f"/{SHARD}=", maxsplit=1)[-1].split("/", maxsplit=1)[0])
+
+
+def _with_stored_scores(metadata: DataFrame, classifier: ImageClassifier) -> DataFrame:
+    column = classifier.embedding_column
+    if column not in metadata.columns:
+        raise InputError(
+            f"the dataset has no column {column!r} of embeddings to classify: "
+            "embed it first with TimmImageEmbedder"
+        )
+    return metadata.withColumn(
+        classifier.pred_column, classifier_udf(classifier)(F.col(f"`{column}`"))
+    )

@@ -1,0 +1,321 @@
+"""pixels → image_embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from spark_nsfw.batching import pad_rows
+from spark_nsfw.errors import ImageError, InputError, WeightsUnavailableError
+from spark_nsfw.pixels import decode_image
+from spark_nsfw.weights import Weights, check_fit, file_sha256, load_state_dict, local_file
+
+if TYPE_CHECKING:
+    from spark_nsfw.classifiers import ImageClassifier
+    from spark_nsfw.dataset import ImageTextPairDataset
+
+__all__ = ["PRECISIONS", "TimmImageEmbedder", "Tower"]
+
+Precision = Literal["float32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+
+#: Random towers must be the same in every worker.
+RANDOM_SEED = 0
+
+
+class Tower(nn.Module):
+    """A timm network between raw pixels and embeddings, on one device in one precision.
+
+    Args:
+        network: the timm tower.
+        mean, std: of the pixels, per RGB channel, on a scale of 0 to 1.
+        precision: of the network's weights and activations.
+        normalize: divide embeddings by their L2 norm.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: torch.dtype,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(precision)
+        self.precision = precision
+        self.normalize = normalize
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) → float32 (N, D)."""
+        x = pad_rows(pixels).permute(0, 3, 1, 2).to(torch.float32)
+        x = (x - self.get_buffer("mean")) / self.get_buffer("std")
+        embeddings = self.network(x.to(self.precision))[: len(pixels)].to(torch.float32)
+        return nn.functional.normalize(embeddings, dim=-1) if self.normalize else embeddings
+
+
+class TimmImageEmbedder:
+    """A CLIP image tower from timm.
+
+    Args:
+        model_name: of timm, such as ``vit_large_patch14_clip_quickgelu_224.openai``.
+        pretrained: load timm's weights for that name from the model hub.
+        batch_size: images per forward pass.
+        num_threads_per_worker: threads that decode images.
+        image_embedding_column: the column that the embeddings go to.
+        normalize_embeddings: divide each embedding by its L2 norm.
+        classifiers: applied to the embeddings in the same pass.
+        autocast: compute in float16 on a GPU; False computes in float32 everywhere.
+        checkpoint_path: weights from a file instead: timm's or open_clip's safetensors
+            or PyTorch file, or OpenAI's ``ViT-L-14.pt``; a path or URL.
+        precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
+            ``autocast`` says.
+        embedding_size: width D of the tower's projection; None takes the model's own.
+
+    Without ``pretrained`` or ``checkpoint_path`` the weights are random, from a fixed
+    seed: for trying things out; the scores mean nothing.
+
+    Raises:
+        InputError: an argument that cannot work, such as an unknown model name.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = False,
+        batch_size: int = 64,
+        num_threads_per_worker: int = 4,
+        image_embedding_column: str = "image_embedding",
+        normalize_embeddings: bool = True,
+        classifiers: Sequence[ImageClassifier] = (),
+        autocast: bool = True,
+        checkpoint_path: str | None = None,
+        precision: Precision | None = None,
+        embedding_size: int | None = None,
+    ) -> None:
+        if not timm.is_model(model_name):
+            raise InputError(
+                f"timm has no model {model_name!r}; "
+                f"close names: {', '.join(_close_names(model_name)) or 'none'}"
+            )
+        if batch_size < 1 or num_threads_per_worker < 1:
+            raise InputError("batch_size and num_threads_per_worker are at least 1")
+        if precision not in (None, *PRECISIONS):
+            raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.model_name = model_name
+        self.pretrained = pretrained
+        self.batch_size = batch_size
+        self.num_threads_per_worker = num_threads_per_worker
+        self.image_embedding_column = image_embedding_column
+        self.normalize_embeddings = normalize_embeddings
+        self.classifiers = tuple(classifiers)
+        self.autocast = autocast
+        self.checkpoint_path = checkpoint_path
+        self.precision = precision
+        self._embedding_size = embedding_size
+        self._sha256: str | None = None
+        self._towers: dict[str, Tower] = {}
+
+    @cached_property
+    def _shape(self) -> nn.Module:
+        """The network without memory behind its weights: its configuration and shapes."""
+        with torch.device("meta"):
+            return self._create()
+
+    def _create(self) -> nn.Module:
+        kwargs = {} if self._embedding_size is None else {"num_classes": self._embedding_size}
+        network: nn.Module = timm.create_model(self.model_name, pretrained=False, **kwargs)
+        return network
+
+    @property
+    def embedding_size(self) -> int:
+        """Width D of the embeddings."""
+        shape: Any = self._shape
+        return int(shape.num_classes or shape.num_features)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image that the tower takes, in pixels."""
+        return int(self._config["input_size"][-1])
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        return dict(timm.data.resolve_data_config({}, model=self._shape))
+
+    @property
+    def weights(self) -> Weights:
+        """Which weights the tower has.
+
+        Raises:
+            WeightsUnavailableError: the file cannot be had.
+        """
+        source = self.checkpoint_path or self.model_name
+        path = self._file()
+        if path is None:
+            return Weights(f"random (seed {RANDOM_SEED})", None)
+        return Weights(source, self._sha256 or file_sha256(path))
+
+    def pin_weights(self) -> None:
+        """Settle which file it is, so that every worker checks its own copy against it."""
+        self._sha256 = self.weights.sha256
+
+    def _file(self) -> str | None:
+        """The local checkpoint file, fetched if it must be; None for random weights."""
+        if self.checkpoint_path is not None:
+            return str(local_file(self.checkpoint_path, self._sha256))
+        if self.pretrained:
+            return str(local_file(_hub_file(self.model_name), self._sha256))
+        return None
+
+    def precision_on(self, device: str) -> Precision:
+        """The precision it computes in on a device."""
+        if self.precision is not None:
+            return self.precision
+        return "float16" if self.autocast and torch.device(device).type == "cuda" else "float32"
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these embeddings from others, for caches and for provenance."""
+        weights = self.weights
+        return {
+            "model_name": self.model_name,
+            "embedding_size": self.embedding_size,
+            "weights": {"source": weights.source, "sha256": weights.sha256},
+            "precision": self.precision or ("autocast" if self.autocast else "float32"),
+            "normalize_embeddings": self.normalize_embeddings,
+            "preprocessing": f"OpenAI CLIP, {self.image_size} px, decode=exact",
+        }
+
+    def load_embedding_model(self, device: str) -> Tower:
+        """The tower, ready to embed: uint8 (N, S, S, 3) → float32 (N, D) on ``device``.
+
+        Loaded once per device and process.
+
+        Raises:
+            WeightsUnavailableError: the checkpoint cannot be had.
+            WeightsMismatchError: its tensors do not fit the tower.
+        """
+        if device not in self._towers:
+            self._towers[device] = self._load(device)
+        return self._towers[device]
+
+    def _load(self, device: str) -> Tower:
+        path = self._file()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            network = self._create()
+        if path is not None:
+            tensors = _renamed(load_state_dict(path), network)
+            check_fit(path, tensors, network.state_dict())
+            network.load_state_dict(tensors)
+        config = self._config
+        precision = getattr(torch, self.precision_on(device))
+        tower = Tower(network, config["mean"], config["std"], precision, self.normalize_embeddings)
+        return tower.eval().requires_grad_(False).to(device)
+
+    def embed(self, images: Sequence[bytes], device: str | None = None) -> npt.NDArray[np.float32]:
+        """Embed encoded images.
+
+        Args:
+            images: N files' bytes.
+            device: a torch device; by default the GPU if there is one.
+
+        Returns:
+            float32 (N, D), each of L2 norm 1 unless ``normalize_embeddings`` is off.
+
+        Raises:
+            ImageError: one of them cannot be decoded, which one is said;
+                `spark_nsfw.Scorer` gives such images a row with a status instead.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tower = self.load_embedding_model(device)
+        embeddings = np.empty((len(images), self.embedding_size), np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(images), self.batch_size):
+                batch = images[start : start + self.batch_size]
+                pixels = np.empty((len(batch), self.image_size, self.image_size, 3), np.uint8)
+                for row, image_bytes in enumerate(batch):
+                    try:
+                        pixels[row] = decode_image(image_bytes, self.image_size)
+                    except ImageError as exc:
+                        raise type(exc)(f"images[{start + row}]: {exc}") from exc
+                embedded = tower(torch.from_numpy(pixels).to(device))
+                embeddings[start : start + len(batch)] = embedded.cpu().numpy()
+        return embeddings
+
+    def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
+        """The dataset with embeddings and scores, computed when it is read or saved."""
+        return dataset.with_embedder(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_shape"}
+        return state | {"_towers": {}}  # every process loads its own
+
+
+def _close_names(model_name: str) -> list[str]:
+    from difflib import get_close_matches
+
+    return get_close_matches(model_name, timm.list_models() + timm.list_pretrained(), n=3)
+
+
+def _hub_file(model_name: str) -> str:
+    """Timm's weights of a model, fetched from the hub once; later found in its cache.
+
+    Raises:
+        InputError: timm has no weights under this name.
+        WeightsUnavailableError: they cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    config = timm.get_pretrained_cfg(model_name)
+    if config is None or not config.hf_hub_id:
+        raise InputError(
+            f"timm has no weights on the hub for {model_name!r}; "
+            "give a name with a tag such as .openai, or a checkpoint file"
+        )
+    file_names = [config.hf_hub_filename] if config.hf_hub_filename else []
+    file_names += ["model.safetensors", "pytorch_model.bin"]
+    for file_name in file_names:
+        try:
+            return str(hf_hub_download(config.hf_hub_id, file_name))
+        except EntryNotFoundError as exc:
+            if not isinstance(exc, LocalEntryNotFoundError):
+                continue  # the hub answered that there is no such file
+            reason: Exception = exc
+        except (OSError, ValueError) as exc:
+            reason = exc
+        raise WeightsUnavailableError(
+            f"the weights of {model_name} could not be fetched from the hub ({reason}); "
+            "on a machine without internet give a checkpoint file instead"
+        ) from reason
+    raise WeightsUnavailableError(f"{config.hf_hub_id} has none of {', '.join(file_names)}")
+
+
+def _renamed(tensors: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors under timm's names, whichever of the known formats they have.
+
+    timm would resize position embeddings and patch kernels that do not fit, and so
+    load a 336 pixel checkpoint into a 224 pixel tower; such tensors keep their shape here.
+    """
+    renamed: dict[str, torch.Tensor] = checkpoint_filter_fn(dict(tensors), network)
+    originals = {
+        "pos_embed": ("positional_embedding", "pos_embed"),
+        "patch_embed.proj.weight": ("conv1.weight", "patch_embed.proj.weight"),
+    }
+    for name, endings in originals.items():
+        for source, tensor in tensors.items():
+            of_tower = source.startswith(("visual.", "module.visual.")) or source == name
+            is_original = name in renamed and of_tower and source.endswith(endings)
+            if is_original and tensor.numel() != renamed[name].numel():
+                renamed[name] = tensor
+    return renamed

@@ -1,0 +1,137 @@
+"""Samples → Arrow batches of rows that carry the encoded image.
+
+This is where a sample's members get their roles: which one is the image, which
+extension is the caption, which columns come from the sidecar or the JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from spark_nsfw.errors import ShardUnreadableError
+from spark_nsfw.passthrough import Description, Sidecar, describe, passthrough_arrays
+from spark_nsfw.schema import Status, sample_schema
+from spark_nsfw.shards import MAX_MEMBER_BYTES, Sample, iter_samples
+
+__all__ = ["IMAGE_EXTENSIONS", "SampleOptions", "iter_sample_batches"]
+
+#: In order of preference where a sample has several.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "jp2", "jfif", "ppm", "pgm", "tif", "tiff",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How shards become rows.
+
+    Attributes:
+        image_extensions: which members are images; the first that a sample has wins.
+        captions: keep the ``.txt`` member as column ``caption``.
+        id_col: the column of sidecar and JSON that holds the sample id.
+        passthrough: the dataset's own columns, from `infer_passthrough`.
+        max_image_bytes: larger members make a row with status ``member_oversized``.
+        images: read the images; without them the column ``image`` is null.
+        batch_rows: rows in an Arrow batch, at most.
+        batch_bytes: image bytes in an Arrow batch after which it is closed.
+    """
+
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    captions: bool = False
+    id_col: str = "key"
+    passthrough: tuple[pa.Field, ...] = ()
+    max_image_bytes: int = MAX_MEMBER_BYTES
+    images: bool = True
+    batch_rows: int = 256
+    batch_bytes: int = 32 << 20
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of the batches, `spark_nsfw.schema.sample_schema`."""
+        return sample_schema(captions=self.captions, passthrough=self.passthrough)
+
+    def wants(self, extension: str) -> bool:
+        """Whether members with this extension need to be read."""
+        return (
+            (extension in self.image_extensions and self.images)
+            or (extension == "txt" and self.captions)
+            or (extension == "json" and bool(self.passthrough))
+        )
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch while it grows."""
+
+    keys: list[str | None] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    descriptions: list[Description] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
+    messages: list[str | None] = field(default_factory=list)
+    images: list[bytes | None] = field(default_factory=list)
+    num_bytes: int = 0
+
+
+def iter_sample_batches(
+    shards: Iterable[tuple[str, str]], options: SampleOptions
+) -> Iterator[pa.RecordBatch]:
+    """Read shards one after the other into Arrow batches with ``options.schema``.
+
+    Every sample becomes one row, in order; a batch never spans two shards.
+
+    Args:
+        shards: pairs of (URL, shard name).
+    """
+    for url, name in shards:
+        sidecar, fault = None, None
+        if options.passthrough:
+            try:
+                sidecar = Sidecar.read(url, options.id_col)
+            except ShardUnreadableError as exc:
+                fault = Sample(None, status=Status.SIDECAR_UNREADABLE, error_message=str(exc))
+        rows = _Rows()
+        for sample in iter_samples(url, options.wants, options.max_image_bytes):
+            _append(rows, sample, options)
+            if len(rows.keys) >= options.batch_rows or rows.num_bytes >= options.batch_bytes:
+                yield _record_batch(rows, name, sidecar, options)
+                rows = _Rows()
+        if fault is not None:
+            _append(rows, fault, options)
+        if rows.keys:
+            yield _record_batch(rows, name, sidecar, options)
+
+
+def _append(rows: _Rows, sample: Sample, options: SampleOptions) -> None:
+    extension = next((e for e in options.image_extensions if e in sample.extensions), None)
+    if extension is None and sample.key is not None:
+        sample.fail(
+            Status.IMAGE_MISSING,
+            f"no image among the members with extension {', '.join(sample.extensions)}",
+        )
+    description = describe(sample.members.get("json"), options.id_col)
+    caption = sample.members.get("txt")
+    usable = extension is not None and sample.status is Status.OK and options.images
+    image = sample.members[extension] if usable and extension else None
+    rows.keys.append(sample.key)
+    rows.captions.append(None if caption is None else caption.decode("utf-8", "replace"))
+    rows.descriptions.append(description)
+    rows.statuses.append(sample.status.value)
+    rows.messages.append(sample.error_message or description.problem)
+    rows.images.append(image)
+    rows.num_bytes += len(image or b"")
+
+
+def _record_batch(
+    rows: _Rows, shard: str, sidecar: Sidecar | None, options: SampleOptions
+) -> pa.RecordBatch:
+    arrays = [pa.array([shard] * len(rows.keys), pa.string()), pa.array(rows.keys, pa.string())]
+    if options.captions:
+        arrays.append(pa.array(rows.captions, pa.string()))
+    arrays += passthrough_arrays(options.passthrough, rows.keys, rows.descriptions, sidecar)
+    arrays.append(pa.array(rows.statuses, pa.string()))
+    arrays.append(pa.array(rows.messages, pa.string()))
+    arrays.append(pa.array(rows.images, pa.binary()))
+    return pa.RecordBatch.from_arrays(arrays, schema=options.schema)

@@ -1,0 +1,98 @@
+"""The columns: what a sample row and a metadata row hold.
+
+One pyarrow schema is the only place where a column is typed; Spark's schema is
+derived from it (`spark_nsfw.spark.types`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+import pyarrow as pa
+
+__all__ = [
+    "CAPTION",
+    "CONTRACT_COLUMNS",
+    "ERROR_MESSAGE",
+    "EXTRA_JSON",
+    "IMAGE",
+    "KEY",
+    "SHARD",
+    "STATUS",
+    "Status",
+    "metadata_schema",
+    "result_fields",
+    "sample_schema",
+]
+
+SHARD = "shard"
+KEY = "key"
+STATUS = "status"
+ERROR_MESSAGE = "error_message"
+IMAGE = "image"
+CAPTION = "caption"
+EXTRA_JSON = "extra_json"
+
+#: Names that a shard's own columns may not take; theirs get the prefix ``source_``.
+CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)
+
+
+class Status(str, Enum):
+    """What became of a sample or, in the last three, of its shard."""
+
+    OK = "ok"
+    IMAGE_MISSING = "image_missing"
+    IMAGE_UNDECODABLE = "image_undecodable"
+    IMAGE_OVERSIZED = "image_oversized"
+    EMBEDDING_INVALID = "embedding_invalid"
+    MEMBER_DUPLICATED = "member_duplicated"
+    MEMBER_OVERSIZED = "member_oversized"
+    MEMBER_TRUNCATED = "member_truncated"
+    MEMBER_UNREADABLE = "member_unreadable"
+    KEY_REPEATED = "key_repeated"
+    SHARD_UNREADABLE = "shard_unreadable"
+    SHARD_TRUNCATED = "shard_truncated"
+    SIDECAR_UNREADABLE = "sidecar_unreadable"
+
+    @property
+    def is_shard_level(self) -> bool:
+        """Whether a row with this status stands for a shard rather than a sample."""
+        return self.value.startswith(("shard_", "sidecar_"))
+
+
+def sample_schema(*, captions: bool = False, passthrough: Iterable[pa.Field] = ()) -> pa.Schema:
+    """The columns of one sample row, as the reader gives it.
+
+    ``shard`` and ``key`` identify the sample (``key`` is null in a row that stands
+    for a shard), ``image`` holds the encoded bytes and is null where ``status`` is
+    not ``ok``.
+    """
+    return pa.schema(
+        [
+            pa.field(SHARD, pa.string(), nullable=False),
+            pa.field(KEY, pa.string()),
+            *([pa.field(CAPTION, pa.string())] if captions else []),
+            *passthrough,
+            pa.field(STATUS, pa.string(), nullable=False),
+            pa.field(ERROR_MESSAGE, pa.string()),
+            pa.field(IMAGE, pa.binary()),
+        ]
+    )
+
+
+def result_fields(embedding_column: str | None, score_columns: Sequence[str]) -> list[pa.Field]:
+    """The columns that scoring adds: one embedding (N, D) and one score (N,) each, float32."""
+    fields = [pa.field(column, pa.float32()) for column in score_columns]
+    if embedding_column is not None:
+        fields.insert(0, pa.field(embedding_column, pa.list_(pa.float32())))
+    return fields
+
+
+def metadata_schema(samples: pa.Schema, results: Sequence[pa.Field]) -> pa.Schema:
+    """The columns of one metadata row: the sample's without the image, then the results.
+
+    A column that the shard brought along under a result's name gives way to the result.
+    """
+    taken = {field.name for field in results} | {IMAGE}
+    return pa.schema([*(field for field in samples if field.name not in taken), *results])

@@ -1,0 +1,212 @@
+"""Shard → members → samples, as lazy generators.
+
+A sample is a run of adjacent members that share a key, as the WebDataset format
+defines it (https://github.com/webdataset/webdataset): the key is a member's path up
+to the first dot of its basename, the extension is the rest in lower case. Memory
+holds one sample at a time, whatever the size of the shard.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO
+
+from spark_nsfw.errors import InputError, ShardError, ShardTruncatedError, ShardUnreadableError
+from spark_nsfw.schema import Status
+from spark_nsfw.storage import open_input
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Member", "Sample", "iter_members", "iter_samples", "split_name"]
+
+#: Default limit on one member's size; larger ones are never read into memory.
+MAX_MEMBER_BYTES = 64 << 20
+
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)\Z", re.DOTALL)
+#: WebDataset keeps its own notes in members such as ``__meta__.json``.
+_RESERVED = re.compile(r"__[^/]*__(\Z|/|\.)")
+
+
+@dataclass(slots=True)
+class Member:
+    """One regular entry of a tar file; ``content`` is None when it was not asked for."""
+
+    name: str
+    size_bytes: int
+    content: bytes | None = None
+    status: Status = Status.OK
+    error_message: str | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """Adjacent members that share a key.
+
+    Attributes:
+        key: None in the one sample that stands for a fault of the shard itself.
+        members: content by extension, of the extensions that were asked for.
+        extensions: every extension the sample has, read or not.
+        status: other than ``ok`` when the sample cannot be used as it is.
+        error_message: why, for a person.
+    """
+
+    key: str | None
+    members: dict[str, bytes] = field(default_factory=dict)
+    extensions: list[str] = field(default_factory=list)
+    status: Status = Status.OK
+    error_message: str | None = None
+
+    def fail(self, status: Status, message: str) -> None:
+        """Record the first thing that is wrong; later ones do not replace it."""
+        if self.status is Status.OK:
+            self.status, self.error_message = status, message
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name → (key, extension), or None where WebDataset sees no sample.
+
+    ``a/b.c/001.SEG.png`` → (``a/b.c/001``, ``seg.png``). Names without an extension,
+    hidden files and ``__reserved__`` names belong to no sample.
+    """
+    match = _NAME.match(name)
+    if match is None or _RESERVED.match(name):
+        return None
+    return match[1], match[2].lower()
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header reader that tells the end of an archive from its loss.
+
+    `tarfile` ends its iteration in silence both at the end-of-archive marker and
+    where the bytes run out or turn into something else.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as exc:
+            offset = tarfile_.offset
+            if offset == 0:
+                raise ShardUnreadableError(f"not a tar archive ({exc})") from exc
+            raise ShardTruncatedError(
+                f"no end-of-archive marker: {exc} at byte {offset:,}"
+            ) from exc
+
+
+def iter_members(
+    stream: BinaryIO,
+    wanted: Callable[[str], bool],
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+) -> Iterator[Member]:
+    """Walk the members of an open, seekable tar file in order.
+
+    Args:
+        stream: positioned at the start of the archive.
+        wanted: told a member's name, says whether its content is read.
+        max_member_bytes: a wanted member above this size is given without content.
+
+    Raises:
+        ShardUnreadableError: the bytes are no tar archive or cannot be read on.
+        ShardTruncatedError: the archive ends before its end-of-archive marker.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as archive:
+            for info in archive:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep every header
+                if info.isdir() or info.ischr() or info.isblk() or info.isfifo():
+                    continue
+                member = Member(info.name, info.size)
+                if not wanted(info.name):
+                    pass
+                elif not info.isreg() or info.issparse():
+                    member.status = Status.MEMBER_UNREADABLE
+                    member.error_message = f"{info.name} is a link or a sparse file, not plain data"
+                elif info.size > max_member_bytes:
+                    member.status = Status.MEMBER_OVERSIZED
+                    member.error_message = (
+                        f"{info.name} has {info.size:,} bytes, the limit is {max_member_bytes:,}"
+                    )
+                else:
+                    stream.seek(info.offset_data)
+                    content = stream.read(info.size)
+                    if len(content) == info.size:
+                        member.content = content
+                    else:
+                        member.status = Status.MEMBER_TRUNCATED
+                        member.error_message = (
+                            f"{info.name} is cut off: {len(content):,} of {info.size:,} bytes"
+                        )
+                yield member
+    except (tarfile.TarError, EOFError) as exc:
+        raise ShardTruncatedError(f"the archive ends early: {exc}") from exc
+    except OSError as exc:
+        raise ShardUnreadableError(f"reading failed: {exc}") from exc
+
+
+def iter_samples(
+    url: str,
+    wanted: Callable[[str], bool] = lambda extension: True,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+) -> Iterator[Sample]:
+    """Read the samples of one shard, in order, without ever holding more than one.
+
+    A shard that cannot be opened, or ends early, gives the samples that can be read
+    and then one `Sample` with ``key=None`` that says what happened.
+
+    Args:
+        url: a local path or any URL that pyarrow's filesystems open.
+        wanted: told an extension, says whether such members are read.
+        max_member_bytes: larger members make their sample fail instead of being read.
+    """
+    seen: set[int] = set()  # hashes: a tenth of the memory of the keys
+    sample: Sample | None = None
+    fault: Sample | None = None
+
+    def name_is_wanted(name: str) -> bool:
+        parts = split_name(name)
+        return parts is not None and wanted(parts[1])
+
+    try:
+        with open_input(url) as stream:
+            for member in iter_members(stream, name_is_wanted, max_member_bytes):
+                parts = split_name(member.name)
+                if parts is None:
+                    continue
+                key, extension = parts
+                if sample is None or sample.key != key:
+                    if sample is not None:
+                        yield sample
+                    sample = Sample(key)
+                    if hash(key) in seen:
+                        sample.fail(
+                            Status.KEY_REPEATED,
+                            f"members of key {key!r} stand in two places of the shard; "
+                            "sort the tar by name",
+                        )
+                    seen.add(hash(key))
+                _add_member(sample, extension, member)
+    except ShardTruncatedError as exc:
+        fault = Sample(None, status=Status.SHARD_TRUNCATED, error_message=str(exc))
+    except (ShardError, OSError, InputError) as exc:
+        fault = Sample(None, status=Status.SHARD_UNREADABLE, error_message=str(exc))
+    if sample is not None:
+        yield sample
+    if fault is not None:
+        yield fault
+
+
+def _add_member(sample: Sample, extension: str, member: Member) -> None:
+    if extension in sample.extensions:
+        sample.fail(Status.MEMBER_DUPLICATED, f"two members with extension {extension!r}")
+    elif member.status is not Status.OK:
+        sample.fail(member.status, member.error_message or member.name)
+    elif member.content is not None:
+        sample.members[extension] = member.content
+    sample.extensions.append(extension)

@@ -1,0 +1,38 @@
+"""A local SparkSession for those who have none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+from pyspark.sql import SparkSession
+
+from spark_nsfw.errors import InputError
+
+__all__ = ["active_or_local_session"]
+
+
+def active_or_local_session() -> SparkSession:
+    """The active SparkSession, else one for this machine or for spark-submit's cluster.
+
+    Raises:
+        InputError: there is no Java to run Spark with.
+    """
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        return active
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    if not submitted and not os.environ.get("SPARK_REMOTE"):
+        if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
+            raise InputError(
+                "Spark needs Java 17 or 21 and there is none on the PATH: install it, "
+                "on Debian and Ubuntu with `apt-get install openjdk-17-jre-headless`, "
+                "or set JAVA_HOME"
+            )
+        # Spark's own default is whatever `python3` is on the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName("spark-nsfw")
+    if not submitted and "MASTER" not in os.environ and not os.environ.get("SPARK_REMOTE"):
+        builder = builder.master("local[*]").config("spark.driver.memory", "4g")
+    return builder.getOrCreate()

@@ -1,0 +1,132 @@
+"""Metadata → what a person wants to know of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from spark_nsfw.schema import SHARD, STATUS, Status
+from spark_nsfw.spark.writer import read_provenance
+
+__all__ = ["ScoreSummary", "Summary", "summarize"]
+
+_QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """The distribution of one score column.
+
+    Attributes:
+        quantiles: by probability, from a sketch with a relative rank error of 1e-4.
+        share_above_half: of the images that have a score.
+    """
+
+    quantiles: dict[float, float]
+    share_above_half: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an output holds.
+
+    Attributes:
+        output: where it is.
+        num_shards: shards with at least one row.
+        num_samples: rows that stand for a sample.
+        num_by_status: rows by status, those that stand for a shard included.
+        scores: by score column; empty where nothing was scored.
+        provenance: the note of `spark_nsfw.provenance.provenance`.
+        num_new_images: images that this run scored.
+        seconds: that it took.
+    """
+
+    output: str
+    num_shards: int
+    num_samples: int
+    num_by_status: dict[str, int]
+    scores: dict[str, ScoreSummary]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    num_new_images: int = 0
+    seconds: float = 0.0
+
+    @property
+    def num_failed(self) -> int:
+        """Rows whose status is not ``ok``."""
+        return sum(n for status, n in self.num_by_status.items() if status != Status.OK.value)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_samples:,} samples in {self.num_shards:,} shards, "
+            f"{self.num_failed:,} rows failed",
+            *(
+                f"  {status:<20} {count:>12,}"
+                for status, count in sorted(self.num_by_status.items(), key=lambda x: -x[1])
+            ),
+        ]
+        for column, scores in self.scores.items():
+            lines.append(f"{column}: {scores.share_above_half:.2%} above 0.5; quantiles")
+            lines.append("  " + "".join(f"{f'{p:.0%}':>9}" for p in scores.quantiles))
+            lines.append("  " + "".join(f"{value:>9.4f}" for value in scores.quantiles.values()))
+        if self.seconds and self.num_new_images:
+            lines.append(
+                f"{self.num_new_images:,} images in {self.seconds:,.1f} s: "
+                f"{self.num_new_images / self.seconds:,.1f} images/s"
+            )
+        lines.append(f"output    {self.output}")
+        lines += weights_lines(self.provenance)
+        return "\n".join(lines)
+
+
+def weights_lines(provenance: dict[str, Any]) -> list[str]:
+    """Which weights made the scores, and a plain warning where they are random."""
+    embedder = provenance.get("embedder", {})
+    models = [("tower", embedder.get("model_name", "unknown"), embedder.get("weights", {}))]
+    for classifier in provenance.get("classifiers", []):
+        name = " ".join(filter(None, [classifier["classifier"], classifier.get("variant")]))
+        models.append(("detector", name, classifier.get("weights", {})))
+    lines = []
+    for role, name, weights in models:
+        sha256 = weights.get("sha256")
+        source = weights.get("source", "unknown")
+        lines.append(f"{role:<9} {name}: {source}{f' sha256 {sha256}' if sha256 else ''}")
+    if not embedder.get("weights", {}).get("sha256"):
+        lines.append("WARNING   the tower's weights are random: these scores mean nothing")
+    return lines
+
+
+def summarize(metadata: DataFrame, output: str, score_columns: Sequence[str]) -> Summary:
+    """Count rows and look at the distribution of scores, in one pass over the small columns."""
+    kept = [column for column in score_columns if column in metadata.columns]
+    aggregates = []
+    for column in kept:
+        score = F.col(f"`{column}`")
+        aggregates += [
+            F.percentile_approx(score, list(_QUANTILES), 10_000),
+            F.count(score),
+            F.sum((score > 0.5).cast("long")),
+        ]
+    counted = metadata.groupBy(STATUS).count().collect()
+    num_by_status = {row[STATUS]: row["count"] for row in counted}
+    overall = metadata.agg(F.count_distinct(F.col(SHARD)), *aggregates).collect()[0]
+    scores = {}
+    for index, column in enumerate(kept):
+        quantiles, count, above = overall[1 + 3 * index : 4 + 3 * index]
+        if count:
+            scores[column] = ScoreSummary(
+                dict(zip(_QUANTILES, quantiles, strict=True)), above / count
+            )
+    return Summary(
+        output=output,
+        num_shards=overall[0],
+        num_samples=sum(
+            count for status, count in num_by_status.items() if not Status(status).is_shard_level
+        ),
+        num_by_status=num_by_status,
+        scores=scores,
+        provenance=read_provenance(metadata.schema) or {},
+    )

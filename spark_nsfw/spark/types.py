@@ -1,0 +1,26 @@
+"""Arrow schema ↔ Spark schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+from pyspark.sql.pandas.types import from_arrow_type, to_arrow_type
+from pyspark.sql.types import StructField, StructType
+
+__all__ = ["arrow_fields", "spark_schema"]
+
+
+def spark_schema(fields: Iterable[pa.Field]) -> StructType:
+    """The Spark columns that hold these Arrow columns; all of them nullable."""
+    return StructType(
+        [
+            StructField(field.name, from_arrow_type(field.type, prefer_timestamp_ntz=True))
+            for field in fields
+        ]
+    )
+
+
+def arrow_fields(schema: StructType) -> list[pa.Field]:
+    """The Arrow columns that these Spark columns came from."""
+    return [pa.field(field.name, to_arrow_type(field.dataType)) for field in schema]

@@ -1,0 +1,81 @@
+"""What a Python worker that scores has: its device and its one scorer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyspark import TaskContext
+
+from spark_nsfw.classifiers import ImageClassifier
+from spark_nsfw.embedders import TimmImageEmbedder
+from spark_nsfw.scorer import Scorer
+
+__all__ = ["choose_device", "worker_scorer"]
+
+_log = logging.getLogger(__name__)
+
+
+def choose_device(device: str | None = None) -> str:
+    """The torch device of this worker.
+
+    In this order: ``device`` if given; the GPU that ``CUDA_VISIBLE_DEVICES`` leaves
+    visible; the GPU address that Spark gave the task; any GPU; the CPU.
+    """
+    if device is not None:
+        return device
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    task = TaskContext.get()
+    resources = task.resources() if task is not None else {}
+    if "gpu" in resources:
+        return f"cuda:{resources['gpu'].addresses[0]}"
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+_scorers: dict[str, Scorer] = {}
+
+
+def worker_scorer(
+    embedder: TimmImageEmbedder,
+    classifiers: Sequence[ImageClassifier],
+    device: str | None,
+    keep_embeddings: bool,
+) -> Scorer:
+    """This worker's scorer, kept between tasks.
+
+    It is known by what it computes, not by who asked for it: a model that is loaded
+    serves every function that needs the same one.
+    """
+    chosen = choose_device(device)
+    settings = {
+        "embedder": embedder.describe(),
+        "classifiers": [classifier.describe() for classifier in classifiers],
+        "device": chosen,
+        "batch_size": embedder.batch_size,
+        "num_threads": embedder.num_threads_per_worker,
+        "columns": [embedder.image_embedding_column, keep_embeddings],
+    }
+    identity = json.dumps(_without_sources(settings), sort_keys=True)
+    if identity not in _scorers:
+        task = TaskContext.get()
+        if task is not None:
+            torch.set_num_threads(max(1, task.cpus()))
+        _scorers[identity] = Scorer(embedder, classifiers, chosen, keep_embeddings)
+        _log.info("scorer loaded on %s: %s", chosen, identity)
+    return _scorers[identity]
+
+
+def _without_sources(value: Any) -> Any:
+    """The same file is the same weights, wherever it lies."""
+    if isinstance(value, dict):
+        return {
+            name: _without_sources(entry)
+            for name, entry in value.items()
+            if name != "source" or value.get("sha256") is None
+        }
+    return [_without_sources(entry) for entry in value] if isinstance(value, list) else value

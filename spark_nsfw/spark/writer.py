@@ -1,0 +1,92 @@
+"""Metadata rows → Parquet partitioned by shard, with provenance in every file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructType
+
+from spark_nsfw.provenance import PROVENANCE
+from spark_nsfw.schema import SHARD
+
+__all__ = ["read_provenance", "with_provenance", "write_metadata", "write_schema"]
+
+#: The partition that holds no rows. Readers guess the type of partition values: where
+#: every shard has a number for a name they would read ``00000`` as 0. One name that is
+#: no number makes all of them strings, in Spark, pandas, pyarrow and DuckDB alike.
+SCHEMA_PARTITION = "__schema__"
+
+#: Writers that a task keeps open, one per shard. Below this number Spark does not sort
+#: the rows by shard before it writes them, and so leaves them in the tar's order.
+_OPEN_WRITERS = {"spark.sql.maxConcurrentOutputFileWriters": "64"}
+
+
+def with_provenance(
+    metadata: DataFrame, columns: Sequence[str], provenance: dict[str, Any]
+) -> DataFrame:
+    """Note on the result columns what made them.
+
+    Spark writes columns' metadata into the footer of every Parquet file and gives it
+    back as ``df.schema["nsfw_score"].metadata``.
+    """
+    for column in columns:
+        if column in metadata.columns:
+            metadata = metadata.withMetadata(column, {PROVENANCE: json.dumps(provenance)})
+    return metadata
+
+
+def read_provenance(schema: StructType) -> dict[str, Any] | None:
+    """The note that `with_provenance` left, or None."""
+    for field in schema:
+        note = (field.metadata or {}).get(PROVENANCE)
+        if note is not None:
+            return dict(json.loads(note))
+    return None
+
+
+def write_schema(metadata: DataFrame, output: str) -> None:
+    """Write the partition without rows: columns, provenance, and that shards are strings."""
+    rows = metadata.sparkSession.createDataFrame([], metadata.drop(SHARD).schema)
+    rows.write.mode("overwrite").parquet(f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}")
+
+
+def write_metadata(metadata: DataFrame, output: str) -> None:
+    """Write rows, replacing the partitions of their shards and no others."""
+    spark = metadata.sparkSession
+    with session_settings(spark, _OPEN_WRITERS):
+        (
+            metadata.write.mode("overwrite")
+            .option("partitionOverwriteMode", "dynamic")
+            .option("compression", "zstd")
+            .partitionBy(SHARD)
+            .parquet(output)
+        )
+
+
+class session_settings:  # noqa: N801  # reads as a verb at its call sites
+    """Runtime settings of a session for the length of a with block.
+
+    Args:
+        spark: the session.
+        settings: values by name; names that this Spark lacks are fine.
+    """
+
+    def __init__(self, spark: SparkSession, settings: dict[str, str]) -> None:
+        self._spark = spark
+        self._settings = settings
+        self._before: dict[str, str | None] = {}
+
+    def __enter__(self) -> None:
+        for name, value in self._settings.items():
+            self._before[name] = self._spark.conf.get(name, None)
+            self._spark.conf.set(name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                self._spark.conf.unset(name)
+            else:
+                self._spark.conf.set(name, value)

@@ -1,0 +1,97 @@
+"""URL → open file, for every place that pyarrow's filesystems reach."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import unquote
+
+from pyarrow import fs
+
+from spark_nsfw.errors import InputError
+
+__all__ = ["expand_braces", "open_input", "resolve"]
+
+#: Hadoop's names for filesystems that pyarrow knows by another one.
+_SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
+
+#: One request to an object store, one read(2) of a local file.
+_REMOTE_BUFFER_BYTES = 8 << 20
+_LOCAL_BUFFER_BYTES = 1 << 20
+
+
+@lru_cache(maxsize=64)
+def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
+    uri = f"{scheme}://{authority}"
+    try:
+        return cast("tuple[fs.FileSystem, str]", fs.FileSystem.from_uri(uri))
+    except (ValueError, NotImplementedError) as exc:
+        raise InputError(
+            f"{uri}: pyarrow has no filesystem for this URL ({exc}); "
+            "use a local path, s3, gs, abfs or hdfs"
+        ) from exc
+
+
+def resolve(url: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow filesystem of ``url`` and the path in it.
+
+    Takes local paths, ``file:`` URLs, Databricks' ``dbfs:/`` (through its ``/dbfs``
+    mount) and any URL of `pyarrow.fs`. Paths are taken literally, never
+    percent-decoded, except in ``file://`` URLs with three slashes, which are URIs.
+
+    Raises:
+        InputError: no filesystem for this kind of URL.
+    """
+    scheme, colon, rest = url.partition(":")
+    if not colon or "/" in scheme or len(scheme) == 1:
+        return fs.LocalFileSystem(), str(Path(url).absolute())
+    if scheme == "file":
+        return fs.LocalFileSystem(), unquote(rest[2:]) if rest.startswith("///") else rest
+    if scheme == "dbfs":
+        return fs.LocalFileSystem(), "/dbfs/" + rest.lstrip("/")
+    authority, _, key = rest.lstrip("/").partition("/") if rest.startswith("//") else ("", "", rest)
+    if rest.startswith("///"):
+        authority, key = "", rest.lstrip("/")
+    filesystem, root = _filesystem(_SCHEME_ALIASES.get(scheme, scheme), authority)
+    return filesystem, f"{root.rstrip('/')}/{key.lstrip('/')}"
+
+
+def open_input(url: str) -> BinaryIO:
+    """Open ``url`` for buffered, seekable reading.
+
+    Raises:
+        OSError: the file cannot be opened.
+        InputError: no filesystem for this kind of URL.
+    """
+    filesystem, path = resolve(url)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    raw = filesystem.open_input_file(path)
+    return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand WebDataset's numeric brace ranges: ``{00000..00002}`` → 00000, 00001, 00002.
+
+    Other braces and glob characters are left as they are.
+
+    Raises:
+        InputError: a range that runs backwards.
+    """
+    head, brace, tail = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    body, close, rest = tail.partition("}")
+    first, dots, last = body.partition("..")
+    if not (close and dots and first.isdigit() and last.isdigit()):
+        return [f"{head}{{{expanded}" for expanded in expand_braces(tail)]
+    if int(first) > int(last):
+        raise InputError(f"{pattern}: the range {{{body}}} runs backwards")
+    width = len(first)
+    ends = expand_braces(rest)
+    return [
+        f"{head}{number:0{width}d}{end}"
+        for number in range(int(first), int(last) + 1)
+        for end in ends
+    ]

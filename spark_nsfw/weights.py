@@ -1,0 +1,216 @@
+"""Checkpoint file or URL → verified file → tensors by name.
+
+Nothing here executes what a file says: tensors come from safetensors, from
+``torch.load(weights_only=True)``, or from TorchScript's own reader, which
+OpenAI's files need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from pyarrow import fs
+
+from spark_nsfw.errors import (
+    ChecksumError,
+    InputError,
+    WeightsError,
+    WeightsMismatchError,
+    WeightsUnavailableError,
+)
+from spark_nsfw.storage import open_input, resolve
+
+__all__ = ["Weights", "cache_dir", "check_fit", "download", "file_sha256", "load_state_dict"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights a model has.
+
+    Attributes:
+        source: path, URL or hub name of the file; ``random (seed N)`` where there is none.
+        sha256: of the file; None for random weights.
+    """
+
+    source: str
+    sha256: str | None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether no file stands behind them, so that no score means anything."""
+        return self.sha256 is None
+
+    def __str__(self) -> str:
+        return self.source if self.sha256 is None else f"{self.source} sha256:{self.sha256}"
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: ``$SPARK_NSFW_CACHE``, else ``~/.cache/spark_nsfw``."""
+    configured = os.environ.get("SPARK_NSFW_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "spark_nsfw"
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a local file, in hex; remembered for as long as the file is unchanged."""
+    stat = os.stat(path)
+    return _file_sha256(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _file_sha256(path: str, _size: int, _mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_file(url: str, sha256: str | None = None) -> Path:
+    """The file behind a path or URL, copied to the cache first where it is remote.
+
+    Raises:
+        WeightsUnavailableError: there is no such file, or it cannot be read.
+        ChecksumError: its sha256 is not the expected one.
+    """
+    try:
+        filesystem, name = resolve(url)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            path = Path(name)
+            if not path.is_file():
+                raise FileNotFoundError("no such file on this machine")
+        else:
+            info = filesystem.get_file_info(name)
+            version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
+            marker = hashlib.sha256(version.encode()).hexdigest()[:16]
+            path = cache_dir() / f"{marker}-{Path(name).name}"
+            if not path.exists():
+                with open_input(url) as stream:
+                    _write_whole(stream, path)
+    except (OSError, InputError) as exc:
+        raise WeightsUnavailableError(
+            f"{url}: {exc}; every machine that scores must be able to read it"
+        ) from exc
+    if sha256 is not None:
+        _verify(path, sha256)
+    return path
+
+
+def download(url: str, file_name: str, sha256: str) -> Path:
+    """Fetch a file over HTTP once; later calls find it in the cache.
+
+    Args:
+        url: where it is.
+        file_name: its name in `cache_dir`.
+        sha256: what it must be, in hex.
+
+    Raises:
+        WeightsUnavailableError: it could not be fetched.
+        ChecksumError: what was fetched, or lies in the cache, is something else.
+    """
+    path = cache_dir() / file_name
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                _write_whole(response, path)
+        except OSError as exc:
+            raise WeightsUnavailableError(
+                f"{url} could not be downloaded ({exc}); fetch it elsewhere and put it at {path}, "
+                "or give its path"
+            ) from exc
+    _verify(path, sha256)
+    return path
+
+
+def _write_whole(stream: BinaryIO, path: Path) -> None:
+    """Copy a stream to ``path`` so that no other process ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _verify(path: Path, expected: str) -> None:
+    found = file_sha256(path)
+    if found != expected:
+        raise ChecksumError(
+            f"{path} is not the expected file: sha256 {found} found, {expected} expected; "
+            "delete it or give another"
+        )
+
+
+def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file by name, on the CPU.
+
+    Reads safetensors, PyTorch's zip and legacy formats and TorchScript archives;
+    nested ``state_dict`` and ``model`` entries are opened.
+
+    Raises:
+        WeightsError: the file is none of these, or damaged.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[8:9] == b"{":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        if head[:2] == b"PK" and _is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the format is deprecated; OpenAI's files stay
+                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # each reader has its own exceptions for a damaged file
+        raise WeightsError(f"{path} cannot be read as a checkpoint: {exc}") from exc
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    tensors = {
+        name: value for name, value in dict(loaded).items() if isinstance(value, torch.Tensor)
+    }
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors")
+    return tensors
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def check_fit(
+    source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse tensors that do not fit a network in name and shape, one by one.
+
+    Raises:
+        WeightsMismatchError: names every tensor that is missing, unknown or of another shape.
+    """
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:20])
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise WeightsMismatchError(f"{source} does not fit the network: {listed}{more}")
