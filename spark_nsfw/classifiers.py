@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from spark_nsfw.batching import pad_rows
+from spark_nsfw.batching import in_blocks
 from spark_nsfw.errors import EmbeddingWidthError, InputError, WeightsMismatchError
 from spark_nsfw.laion import DETECTORS, read_detector
 from spark_nsfw.weights import (
@@ -32,6 +32,11 @@ __all__ = ["ImageClassifier", "NsfwClassifier", "NsfwDetector"]
 
 #: A loaded classifier: embeddings float32 (N, D) → scores float32 (N,), on one device.
 Model = Callable[[torch.Tensor], torch.Tensor]
+
+
+#: On a CPU every forward pass has this many rows, so that a score depends on nothing but
+#: its embedding.
+_CPU_BLOCK_ROWS = 64
 
 
 class ImageClassifier:
@@ -71,8 +76,16 @@ class ImageClassifier:
         raise NotImplementedError(f"{type(self).__name__} must define load_model")
 
     def describe(self) -> dict[str, Any]:
-        """What tells this classifier from another, for caches and for provenance."""
-        return {"classifier": type(self).__name__, "pred_column": self.pred_column}
+        """What tells this classifier from another, for caches and for provenance.
+
+        By default its class and its public attributes.
+        """
+        attributes = {
+            name: value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+            for name, value in sorted(vars(self).items())
+            if not name.startswith("_") and name not in ("batch_size", "embedding_column")
+        }
+        return {"classifier": type(self).__qualname__} | attributes
 
     def for_embedding_size(self, embedding_size: int) -> ImageClassifier:
         """This classifier, for embeddings of the given width.
@@ -126,8 +139,8 @@ class ImageClassifier:
 
     def _forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         model = self.for_embedding_size(embeddings.shape[1]).model(str(embeddings.device))
-        scores = model(pad_rows(embeddings)).to(torch.float32)
-        return scores.reshape(-1)[: len(embeddings)]
+        block = _CPU_BLOCK_ROWS if embeddings.device.type == "cpu" else max(len(embeddings), 1)
+        return in_blocks(model, embeddings, block).reshape(-1).to(torch.float32)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """The dataset with this classifier's score column, computed when it is read or saved."""
@@ -300,9 +313,11 @@ class NsfwClassifier(ImageClassifier):
         return Weights(self.model_path or path.name, self._sha256 or file_sha256(path))
 
     def describe(self) -> dict[str, Any]:
-        """Variant and weights besides."""
+        """Variant and weights, whatever path they were read from."""
         weights = self.weights
-        return super().describe() | {
+        return {
+            "classifier": type(self).__qualname__,
+            "pred_column": self.pred_column,
             "variant": self.variant,
             "weights": {"source": weights.source, "sha256": weights.sha256},
         }

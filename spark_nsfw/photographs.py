@@ -54,7 +54,7 @@ def photographs(min_side: int = 400, max_side: int = 600, seed: int = 0) -> Iter
 def encode(image: Image.Image, image_format: str = "JPEG", **options: object) -> bytes:
     """One image as a file's bytes."""
     stream = io.BytesIO()
-    image.save(stream, image_format, **options)  # type: ignore[arg-type]
+    image.save(stream, image_format, **options)
     return stream.getvalue()
 
 

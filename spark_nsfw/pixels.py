@@ -12,7 +12,7 @@ import io
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spark_nsfw.errors import OversizedImageError, UndecodableImageError
 
@@ -81,5 +81,10 @@ def decode_image(
         raise
     except MemoryError:
         raise
+    except UnidentifiedImageError as exc:
+        start = bytes(image_bytes[:16])
+        raise UndecodableImageError(
+            f"{len(image_bytes):,} bytes in no format that pillow knows, starting with {start!r}"
+        ) from exc
     except Exception as exc:  # pillow's plugins raise what they like on damaged files
         raise UndecodableImageError(f"{type(exc).__name__}: {exc}") from exc

@@ -9,14 +9,17 @@ what it wrote before, so no row is lost and none doubled.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
-from pyspark.errors import AnalysisException, StreamingQueryException
+import pyarrow as pa
+from pyspark.errors import StreamingQueryException
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
@@ -83,6 +86,17 @@ class JobOptions:
     device: str | None = None
     samples: SampleOptions = field(default_factory=SampleOptions)
 
+    def describe(self) -> dict[str, Any]:
+        """What decides which rows and columns come out, as plain JSON types."""
+        return {
+            "columns": None if self.columns is None else list(self.columns),
+            "keep_embeddings": self.keep_embeddings,
+            "captions": self.samples.captions,
+            "id_col": self.samples.id_col,
+            "image_extensions": list(self.samples.image_extensions),
+            "max_image_bytes": self.samples.max_image_bytes,
+        }
+
 
 def run_job(
     spark: SparkSession,
@@ -116,37 +130,29 @@ def run_job(
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
     if options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
-    started = time.monotonic()
     output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
     shards = list_shards(spark, inputs)
     chosen = settled(embedder, classifiers)
-    note = provenance(embedder, chosen)
+    note = provenance(embedder, chosen) | {"rows": options.describe()}
 
     existing = _existing_schema(spark, output)
     if existing is None:
         passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
     else:
-        before = read_provenance(existing)
-        if before != note:
-            raise JobError(
-                f"{output} was made with {before}, this run has {note}; "
-                "give another output, or delete this one to start anew"
-            )
-        contract = {field.name for field in options.samples.schema}
-        results = {embedder.image_embedding_column, *(c.pred_column for c in chosen)}
-        passthrough = tuple(
-            field for field in arrow_fields(existing) if field.name not in contract | results
-        )
+        _refuse_another_note(output, read_provenance(existing) or {}, note)
+        passthrough = _passthrough_of(existing, options, embedder, chosen)
     samples = replace(options.samples, passthrough=passthrough)
-    result_columns = [embedder.image_embedding_column, *(c.pred_column for c in chosen)]
 
     def score(paths: DataFrame) -> DataFrame:
-        how = {"device": options.device, "keep_embeddings": options.keep_embeddings}
+        how: dict[str, Any] = {
+            "device": options.device,
+            "keep_embeddings": options.keep_embeddings,
+        }
         if options.plan == "fused":
-            scored = score_shards(paths, inputs, samples, embedder, chosen, **how)  # type: ignore[arg-type]
+            scored = score_shards(paths, inputs, samples, embedder, chosen, **how)
         else:
-            scored = score_samples(read_samples(paths, inputs, samples), embedder, chosen, **how)  # type: ignore[arg-type]
-        return with_provenance(scored, result_columns, note)
+            scored = score_samples(read_samples(paths, inputs, samples), embedder, chosen, **how)
+        return with_provenance(scored, _result_columns(embedder, chosen), note)
 
     progress = _Progress(len(shards), report or partial(print, file=sys.stderr))
 
@@ -158,45 +164,90 @@ def run_job(
 
     with session_settings(spark, _SETTINGS):
         if existing is None:
-            empty = spark.createDataFrame([], "path string")
-            write_schema(score(empty), output)
-        stream = (
-            spark.readStream.format("binaryFile")
-            .schema(_BINARY_FILE)
-            .options(**SHARD_SOURCE_OPTIONS)
-            .option("maxFilesPerTrigger", options.shards_per_wave)
-            .option("maxFileAge", "100000d")  # old shards count as much as new ones
-            .load(inputs.glob)
-            .select("path")
-        )
-        query = (
-            stream.writeStream.foreachBatch(write_wave)
-            .option("checkpointLocation", f"{output.rstrip('/')}/{_STATE}/checkpoint")
-            .trigger(availableNow=True)
-            .start()
-        )
-        try:
-            query.awaitTermination()
-        except StreamingQueryException as exc:
-            raise JobError(f"a wave of shards failed, run again to resume: {exc}") from exc
-        finally:
-            query.stop()
+            write_schema(score(spark.createDataFrame([], "path string")), output)
+        started = time.monotonic()
+        _run_stream(spark, inputs, output, options.shards_per_wave, write_wave)
+        seconds = time.monotonic() - started
 
-    columns = [c.pred_column for c in chosen]
+    columns = [classifier.pred_column for classifier in chosen]
     summary = summarize(spark.read.parquet(output), output, columns)
-    return replace(
-        summary,
-        provenance=note,
-        num_new_images=progress.num_images,
-        seconds=time.monotonic() - started,
+    return replace(summary, provenance=note, num_new_images=progress.num_images, seconds=seconds)
+
+
+def _run_stream(
+    spark: SparkSession,
+    inputs: ShardInputs,
+    output: str,
+    shards_per_wave: int,
+    write_wave: Callable[[DataFrame, int], None],
+) -> None:
+    """Hand every shard that has not been written yet to ``write_wave``, once."""
+    stream = (
+        spark.readStream.format("binaryFile")
+        .schema(_BINARY_FILE)
+        .options(**SHARD_SOURCE_OPTIONS)
+        .option("maxFilesPerTrigger", shards_per_wave)
+        .option("maxFileAge", "100000d")  # old shards count as much as new ones
+        .load(inputs.glob)
+        .select("path")
     )
+    query = (
+        stream.writeStream.foreachBatch(write_wave)
+        .option("checkpointLocation", f"{output.rstrip('/')}/{_STATE}/checkpoint")
+        .trigger(availableNow=True)
+        .start()
+    )
+    try:
+        query.awaitTermination()
+    except StreamingQueryException as exc:
+        raise JobError(f"a wave of shards failed; run again to resume: {exc}") from exc
+    finally:
+        query.stop()
+
+
+def _result_columns(
+    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier]
+) -> list[str]:
+    return [embedder.image_embedding_column, *(c.pred_column for c in classifiers)]
+
+
+def _passthrough_of(
+    existing: StructType,
+    options: JobOptions,
+    embedder: TimmImageEmbedder,
+    classifiers: Sequence[ImageClassifier],
+) -> tuple[pa.Field, ...]:
+    """The dataset's own columns as the first run settled them."""
+    ours = {*options.samples.schema.names, *_result_columns(embedder, classifiers)}
+    return tuple(field for field in arrow_fields(existing) if field.name not in ours)
+
+
+def _refuse_another_note(output: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to mix rows that were made in different ways in one output."""
+    changed = sorted(_differences(before, now, ""))
+    if changed:
+        raise JobError(
+            f"{output} was made in another way: {'; '.join(changed)}. "
+            "Give another output, or delete this one to start anew"
+        )
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif before != now and not name.endswith(".source"):
+        yield f"{name} was {json.dumps(before)}, is now {json.dumps(now)}"
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
-    try:
-        return spark.read.parquet(f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}").schema
-    except AnalysisException:
+    """The columns of an output that an earlier run has begun, or None."""
+    schema_partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
+    jvm: Any = spark._jvm  # Spark itself logs a stack trace for a path that is not there
+    path = jvm.org.apache.hadoop.fs.Path(f"{schema_partition}/_SUCCESS")
+    if not path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf()).exists(path):
         return None
+    return spark.read.parquet(schema_partition).schema
 
 
 class _Progress:

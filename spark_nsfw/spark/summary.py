@@ -42,7 +42,7 @@ class Summary:
         scores: by score column; empty where nothing was scored.
         provenance: the note of `spark_nsfw.provenance.provenance`.
         num_new_images: images that this run scored.
-        seconds: that it took.
+        seconds: that scoring them took, from the first shard listed to the last row written.
     """
 
     output: str

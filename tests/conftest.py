@@ -1,0 +1,80 @@
+"""One real Spark session, real photographs in real shards, the real detector."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from spark_nsfw import NsfwClassifier, TimmImageEmbedder
+from spark_nsfw.photographs import (
+    damaged_samples,
+    encode,
+    photographs,
+    write_photograph_shards,
+    write_shard,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_file(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} from the folder shared/ beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def detector_path() -> str:
+    """LAION's own detector for ViT-L/14."""
+    return str(shared_file("laion/clip_autokeras_binary_nsfw.zip"))
+
+
+@pytest.fixture(scope="session")
+def spark():
+    import os
+
+    from pyspark.sql import SparkSession
+
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    session = (
+        SparkSession.builder.master("local[2]")
+        .appName("tests")
+        .config("spark.ui.enabled", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.sql.session.timeZone", "UTC")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def jpegs() -> list[bytes]:
+    """Twenty photographs as JPEG files."""
+    return [encode(p, quality=90) for p, _ in zip(photographs(seed=7), range(20), strict=False)]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Three whole shards, one of damaged and odd samples in a subfolder, one cut short."""
+    directory = tmp_path_factory.mktemp("shards")
+    write_photograph_shards(directory, num_shards=4, samples_per_shard=11)
+    write_shard(directory / "odd" / "00000.tar", damaged_samples())
+    cut = directory / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[:400_000])
+    return directory
+
+
+@pytest.fixture
+def embedder(detector_path) -> TimmImageEmbedder:
+    """A small random tower, as wide as ViT-L/14's, with the real detector behind it."""
+    return TimmImageEmbedder(
+        "test_vit2",
+        batch_size=8,
+        embedding_size=768,
+        classifiers=[NsfwClassifier(model_path=detector_path)],
+    )

@@ -1,0 +1,252 @@
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from spark_nsfw import TimmImageEmbedder
+from spark_nsfw.embedders import RANDOM_SEED
+from spark_nsfw.errors import (
+    ChecksumError,
+    InputError,
+    UndecodableImageError,
+    WeightsError,
+    WeightsMismatchError,
+    WeightsUnavailableError,
+)
+from spark_nsfw.pixels import decode_image
+from spark_nsfw.weights import file_sha256
+
+B32 = "vit_base_patch32_clip_quickgelu_224.openai"
+
+
+@pytest.fixture(scope="module")
+def clip_b32():
+    """open_clip's ViT-B/32 with random weights, an implementation independent of timm's."""
+    torch.manual_seed(1)
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    return model.half().float()  # weights that OpenAI's float16 files hold exactly
+
+
+def write_checkpoint(model, directory: Path, style: str) -> Path:
+    """One model in the file formats that CLIP's weights come in."""
+    path = directory / f"{style}.pt"
+    tensors = model.state_dict()
+    if style == "open_clip":
+        torch.save({"epoch": 1, "name": "x", "state_dict": tensors}, path)
+    elif style == "open_clip_ddp":
+        torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, path)
+    elif style == "open_clip_safetensors":
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    elif style == "openai":  # a TorchScript archive of float16 weights
+        with torch.no_grad(), pytest.warns():
+            visual = copy.deepcopy(model.visual).half()
+            script = torch.jit.trace(visual, torch.zeros(1, 3, 224, 224).half())
+            wrapper = torch.nn.Module()
+            wrapper.visual = script
+            wrapper.logit_scale = torch.nn.Parameter(torch.ones([]))
+            torch.jit.save(torch.jit.script(wrapper), str(path))
+    return path
+
+
+def open_clips_embeddings(model, images):
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+    pixels = np.stack([decode_image(image, 224) for image in images])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        return model.encode_image((x - mean) / std, normalize=True).numpy()
+
+
+@pytest.mark.parametrize("style", ["openai", "open_clip", "open_clip_ddp", "open_clip_safetensors"])
+def test_embeddings_are_those_of_open_clip(tmp_path, clip_b32, jpegs, style):
+    path = write_checkpoint(clip_b32, tmp_path, style)
+    embedder = TimmImageEmbedder(B32, checkpoint_path=str(path))
+    embeddings = embedder.embed(jpegs[:4], device="cpu")
+    expected = open_clips_embeddings(clip_b32, jpegs[:4])
+    assert embeddings.shape == (4, 512)
+    assert np.abs(embeddings - expected).max() < 1e-5
+    assert np.abs(expected - np.roll(expected, 1, axis=0)).max() > 1e-3  # images do differ
+    assert embedder.weights.sha256 == file_sha256(path)
+
+
+def test_timms_own_file_is_read(tmp_path, jpegs):
+    torch.manual_seed(5)
+    network = timm.create_model("test_vit2", num_classes=768)
+    path = tmp_path / "model.safetensors"
+    save_file(network.state_dict(), path)
+    embedder = TimmImageEmbedder("test_vit2", checkpoint_path=str(path), embedding_size=768)
+    embeddings = embedder.embed(jpegs[:2], device="cpu")
+    config = timm.data.resolve_data_config({}, model=network)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    pixels = torch.from_numpy(np.stack([decode_image(image, 160) for image in jpegs[:2]]))
+    with torch.no_grad():
+        raw = network.eval()((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+    expected = torch.nn.functional.normalize(raw, dim=-1).numpy()
+    assert np.abs(embeddings - expected).max() < 1e-5
+
+
+def test_pretrained_loads_timms_file_from_the_hubs_cache(tmp_path, monkeypatch, clip_b32, jpegs):
+    repository = timm.get_pretrained_cfg(B32).hf_hub_id
+    cached = tmp_path / f"models--{repository.replace('/', '--')}"
+    snapshot = cached / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    write_checkpoint(clip_b32, tmp_path, "open_clip_safetensors").rename(
+        snapshot / "model.safetensors"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    embeddings = TimmImageEmbedder(B32, pretrained=True).embed(jpegs[:2], device="cpu")
+    expected = open_clips_embeddings(clip_b32, jpegs[:2])
+    assert np.abs(embeddings - expected).max() < 1e-5
+
+
+def test_pretrained_weights_that_cannot_be_fetched_say_what_to_do(tmp_path, monkeypatch, jpegs):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnavailableError, match="give a checkpoint file"):
+        TimmImageEmbedder(B32, pretrained=True).embed(jpegs[:1], device="cpu")
+
+
+def test_a_checkpoint_of_another_tower_is_refused_with_the_tensors_that_do_not_fit(tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-16-quickgelu")
+    path = write_checkpoint(model, tmp_path, "open_clip")
+    with pytest.raises(WeightsMismatchError, match=r"pos_embed has shape|patch_embed"):
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+
+
+def test_a_checkpoint_for_another_resolution_is_refused_not_resized(tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu", force_image_size=256)
+    path = write_checkpoint(model, tmp_path, "open_clip")
+    with pytest.raises(WeightsMismatchError, match="pos_embed"):
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+
+
+def test_a_checkpoint_without_the_projection_is_refused(tmp_path):
+    tensors = timm.create_model("test_vit2", num_classes=0).state_dict()
+    save_file(tensors, tmp_path / "x.safetensors")
+    embedder = TimmImageEmbedder(
+        "test_vit2", checkpoint_path=str(tmp_path / "x.safetensors"), embedding_size=768
+    )
+    with pytest.raises(WeightsMismatchError, match=r"missing head\.weight"):
+        embedder.load_embedding_model("cpu")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, clip_b32):
+    path = write_checkpoint(clip_b32, tmp_path, "open_clip_safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="cannot be read as a checkpoint"):
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+
+
+def test_a_file_that_changed_since_it_was_pinned_is_refused(tmp_path):
+    torch.manual_seed(5)
+    path = tmp_path / "model.safetensors"
+    tensors = timm.create_model("test_vit2", num_classes=768).state_dict()
+    save_file(tensors, path)
+    embedder = TimmImageEmbedder("test_vit2", checkpoint_path=str(path), embedding_size=768)
+    embedder.pin_weights()
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
+    with pytest.raises(ChecksumError, match=r"model\.safetensors"):
+        pickle.loads(pickle.dumps(embedder)).load_embedding_model("cpu")
+
+
+def test_random_weights_are_the_same_in_every_process(tmp_path, embedder, jpegs):
+    script = (
+        "import pickle, sys, numpy, torch\n"
+        "torch.manual_seed(99); torch.rand(5)\n"
+        "embedder, images = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "numpy.save(sys.argv[2], embedder.embed(images, device='cpu'))\n"
+    )
+    (tmp_path / "job").write_bytes(pickle.dumps((embedder, jpegs[:3])))
+    arguments = [str(tmp_path / "job"), str(tmp_path / "out.npy")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), embedder.embed(jpegs[:3], device="cpu"))
+    assert embedder.weights.is_random
+    assert str(embedder.weights) == f"random (seed {RANDOM_SEED})"
+
+
+def test_building_random_weights_leaves_the_callers_randomness_alone(embedder):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    embedder.load_embedding_model("cpu")
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_embeddings_have_norm_one_unless_told_otherwise(jpegs):
+    normal = TimmImageEmbedder("test_vit2", embedding_size=768).embed(jpegs[:3], device="cpu")
+    raw = TimmImageEmbedder("test_vit2", embedding_size=768, normalize_embeddings=False)
+    raw_embeddings = raw.embed(jpegs[:3], device="cpu")
+    norms = np.linalg.norm(raw_embeddings, axis=1, keepdims=True)
+    assert np.allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-6)
+    assert np.abs(norms - 1).min() > 0.01
+    assert np.allclose(raw_embeddings / norms, normal, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 20, 64])
+def test_batch_size_does_not_change_a_bit(jpegs, batch_size):
+    expected = TimmImageEmbedder("test_vit2", batch_size=16, embedding_size=768).embed(
+        jpegs, device="cpu"
+    )
+    embedder = TimmImageEmbedder("test_vit2", batch_size=batch_size, embedding_size=768)
+    assert np.array_equal(embedder.embed(jpegs, device="cpu"), expected)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.02), ("float16", 0.005)])
+def test_precision_is_what_was_asked_for(jpegs, precision, tolerance):
+    exact = TimmImageEmbedder("test_vit2", embedding_size=768).embed(jpegs[:4], device="cpu")
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=768, precision=precision)
+    rough = embedder.embed(jpegs[:4], device="cpu")
+    assert embedder.load_embedding_model("cpu").network.head.weight.dtype == getattr(
+        torch, precision
+    )
+    assert rough.dtype == np.float32
+    assert 0 < np.abs(rough - exact).max() < tolerance
+
+
+def test_autocast_means_float16_on_a_gpu_and_float32_on_a_cpu():
+    embedder = TimmImageEmbedder("test_vit2")
+    assert (embedder.precision_on("cuda:0"), embedder.precision_on("cpu")) == ("float16", "float32")
+    assert TimmImageEmbedder("test_vit2", autocast=False).precision_on("cuda") == "float32"
+    assert TimmImageEmbedder("test_vit2", precision="bfloat16").precision_on("cpu") == "bfloat16"
+
+
+def test_the_model_that_the_job_defaults_to_fits_laions_detector():
+    embedder = TimmImageEmbedder("vit_large_patch14_clip_quickgelu_224.openai")
+    assert (embedder.embedding_size, embedder.image_size) == (768, 224)
+    assert TimmImageEmbedder(B32).embedding_size == 512
+
+
+def test_an_image_that_cannot_be_decoded_is_named(embedder, jpegs):
+    with pytest.raises(UndecodableImageError, match=r"images\[9\]"):
+        embedder.embed([*jpegs[:9], b"no"], device="cpu")
+
+
+def test_an_unknown_model_is_refused_with_close_names():
+    with pytest.raises(InputError, match="vit_large_patch14_clip_quickgelu_224"):
+        TimmImageEmbedder("vit_large_patch14_clip_quickgelu_244")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"num_threads_per_worker": 0}, {"precision": "float8"}]
+)
+def test_arguments_that_cannot_work_are_refused(bad):
+    with pytest.raises(InputError):
+        TimmImageEmbedder("test_vit2", **bad)
+
+
+def test_a_pickled_embedder_is_small_and_has_no_weights(embedder):
+    embedder.load_embedding_model("cpu")
+    assert len(pickle.dumps(embedder)) < 4000

@@ -1,0 +1,105 @@
+import re
+
+import pytest
+
+from spark_nsfw.errors import InputError
+from spark_nsfw.inputs import ShardInputs, _digit_globs, _regex
+from spark_nsfw.storage import expand_braces, resolve
+
+
+@pytest.mark.parametrize(
+    ("path", "shard", "name"),
+    [
+        ("/data", "file:/data/00000.tar", "00000"),
+        ("/data/", "file:/data/a/00000.tar", "a/00000"),
+        ("/data/*/x*.tar", "file:/data/b/x1.tar", "b/x1"),
+        ("/data/00000.tar", "file:/data/00000.tar", "00000"),
+        ("/data/{00000..00009}.tar", "file:/data/00003.tar", "00003"),
+        ("s3a://bucket/a b", "s3a://bucket/a b/c.tar", "c"),
+        ("hdfs:///data", "hdfs://namenode:8020/data/x.tar", "x"),
+        ("file:///data", "file:/data/00000.tar", "00000"),
+    ],
+)
+def test_a_shard_is_named_by_its_path_below_the_input(path, shard, name):
+    assert ShardInputs.parse(path).shard_name(shard) == name
+
+
+def test_two_inputs_that_give_two_shards_one_name_are_refused_with_both_paths():
+    inputs = ShardInputs.parse(["/a", "/b"])
+    with pytest.raises(InputError, match=r"/a/0.tar and file:/b/0.tar would both be shard '0'"):
+        inputs.check(["file:/a/0.tar", "file:/b/0.tar"])
+
+
+def test_one_input_above_both_keeps_them_apart():
+    inputs = ShardInputs.parse("/data")
+    inputs.check(["file:/data/a/0.tar", "file:/data/b/0.tar"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/data/1.tar", "/empty", "/data/{0..1}.tar", "/data/x*.tar", "/data/{x,y}.tar"]
+)
+def test_an_input_without_shards_is_refused(path):
+    with pytest.raises(InputError, match="no such shard"):
+        ShardInputs.parse([path, "/data/0.tar"]).check(["file:/data/0.tar"])
+
+
+def test_inputs_on_two_filesystems_are_refused():
+    with pytest.raises(InputError, match="several filesystems"):
+        ShardInputs.parse(["/a", "s3a://bucket/b"])
+
+
+def test_several_inputs_are_one_glob():
+    assert ShardInputs.parse(["/a", "/b/{0..1}.tar"]).glob == "/{a,b/{[0-1]}.tar}"
+    assert ShardInputs.parse(["s3a://x/a", "s3a://x/b"]).glob == "s3a://x/{a,b}"
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [(0, 0), (0, 99), (3, 97), (0, 1234), (17, 4321), (999, 1000), (12, 19), (100, 8999)],
+)
+def test_digit_globs_match_their_range_and_nothing_else(first, last):
+    globs = _digit_globs(f"{first:04d}", f"{last:04d}")
+    pattern = re.compile("|".join(f"(?:{_regex(glob)})" for glob in globs))
+    matched = [n for n in range(10_000) if pattern.fullmatch(f"{n:04d}")]
+    assert matched == list(range(first, last + 1))
+    assert len(globs) < 40
+
+
+def test_a_range_that_runs_backwards_is_refused():
+    with pytest.raises(InputError, match="backwards"):
+        expand_braces("{5..3}.tar")
+
+
+def test_braces_expand_as_in_webdataset():
+    from webdataset.shardlists import expand_urls
+
+    for pattern in ["a/{000..011}.tar", "{0..1}/{8..9}.tar", "plain.tar", "x{007..007}"]:
+        assert expand_braces(pattern) == expand_urls(pattern)
+
+
+def test_braces_without_a_range_are_left_alone():
+    assert expand_braces("{a,b}/{0..1}.tar") == ["{a,b}/0.tar", "{a,b}/1.tar"]
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("/data/a b.tar", "/data/a b.tar"),
+        ("file:/data/50%25.tar", "/data/50%25.tar"),
+        ("file:///data/50%25.tar", "/data/50%.tar"),
+        ("dbfs:/mnt/x.tar", "/dbfs/mnt/x.tar"),
+        ("/Volumes/main/x.tar", "/Volumes/main/x.tar"),
+    ],
+)
+def test_local_urls_resolve(url, path):
+    assert resolve(url)[1] == path
+
+
+def test_object_stores_resolve_under_hadoops_names_too():
+    filesystem, path = resolve("gcs://bucket/some key/x.tar")
+    assert (filesystem.type_name, path) == ("gcs", "bucket/some key/x.tar")
+
+
+def test_an_unknown_filesystem_is_refused():
+    with pytest.raises(InputError, match="ftp://host"):
+        resolve("ftp://host/x.tar")

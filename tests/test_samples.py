@@ -1,0 +1,181 @@
+import json
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spark_nsfw import SampleOptions, iter_sample_batches
+from spark_nsfw.errors import InputError, ShardUnreadableError
+from spark_nsfw.passthrough import infer_passthrough
+from spark_nsfw.photographs import write_shard
+
+
+def rows(path, **options):
+    if "passthrough" not in options:
+        options["passthrough"] = tuple(infer_passthrough(str(path), options.get("id_col", "key")))
+    batches = iter_sample_batches([(str(path), "s")], SampleOptions(**options))
+    return pa.Table.from_batches(batches).to_pylist()
+
+
+def described(*objects):
+    return [
+        (f"{i}", [("jpg", b"x"), ("json", json.dumps(about).encode())])
+        for i, about in enumerate(objects)
+    ]
+
+
+def test_json_keys_become_typed_columns(tmp_path):
+    path = tmp_path / "s.tar"
+    about = {"key": "0", "url": "u", "width": 3, "ratio": 0.5, "ok": True, "tags": ["a"]}
+    write_shard(path, described(about))
+    (row,) = rows(path)
+    assert (row["url"], row["width"], row["ratio"], row["ok"]) == ("u", 3, 0.5, True)
+    assert json.loads(row["tags"]) == ["a"]
+    assert row["extra_json"] is None
+
+
+def test_what_does_not_fit_its_column_is_kept_in_extra_json(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, described(*[{"width": 1}] * 100, {"width": "wide", "new": {"a": 1}}))
+    last = rows(path)[-1]
+    assert last["width"] is None
+    assert json.loads(last["extra_json"]) == {"width": "wide", "new": {"a": 1}}
+
+
+def test_json_that_is_none_is_kept_and_told(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, [*described({"a": 1}), ("x", [("jpg", b"x"), ("json", b"{oops")])])
+    row = rows(path)[1]
+    assert row["status"] == "ok"
+    assert "cannot be used" in row["error_message"]
+    assert json.loads(row["extra_json"]) == "{oops"
+
+
+def test_names_of_the_contract_get_a_prefix(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, described({"status": "success", "shard": 7}))
+    (row,) = rows(path)
+    assert (row["status"], row["source_status"], row["source_shard"]) == ("ok", "success", 7)
+
+
+def test_sidecar_rows_are_matched_by_id_not_by_order(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, [(key, [("jpg", b"x")]) for key in "abc"])
+    sidecar = pd.DataFrame({"key": ["c", "z", "a"], "url": ["uc", "uz", "ua"], "n": [3, 9, 1]})
+    sidecar.to_parquet(tmp_path / "s.parquet")
+    assert [(r["key"], r["url"], r["n"]) for r in rows(path)] == [
+        ("a", "ua", 1),
+        ("b", None, None),
+        ("c", "uc", 3),
+    ]
+
+
+def test_integer_ids_match_keys_with_leading_zeros(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, [("000041", [("jpg", b"x")])])
+    pd.DataFrame({"id": [41], "url": ["u"]}).to_parquet(tmp_path / "s.parquet")
+    (row,) = rows(path, id_col="id")
+    assert (row["id"], row["url"]) == (41, "u")
+
+
+def test_the_id_in_the_json_finds_the_sidecar_row(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, described({"uid": "q"}))
+    pd.DataFrame({"uid": ["q"], "url": ["u"]}).to_parquet(tmp_path / "s.parquet")
+    (row,) = rows(path, id_col="uid")
+    assert (row["key"], row["uid"], row["url"]) == ("0", "q", "u")
+
+
+def test_the_sidecar_wins_over_the_json(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, described({"key": "0", "url": "json", "more": 1}))
+    pd.DataFrame({"key": ["0"], "url": ["sidecar"]}).to_parquet(tmp_path / "s.parquet")
+    (row,) = rows(path)
+    assert (row["url"], row["more"]) == ("sidecar", 1)
+
+
+def test_columns_that_only_a_later_sidecar_has_are_kept(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0", [("jpg", b"x")])])
+    pd.DataFrame({"key": ["0"], "n": [1]}).to_parquet(tmp_path / "a.parquet")
+    write_shard(tmp_path / "b.tar", [("0", [("jpg", b"x")])])
+    pd.DataFrame({"key": ["0"], "n": ["many"], "m": [2]}).to_parquet(tmp_path / "b.parquet")
+    fields = tuple(infer_passthrough(str(tmp_path / "a.tar"), "key"))
+    (row,) = rows(tmp_path / "b.tar", passthrough=fields)
+    assert row["n"] is None
+    assert json.loads(row["extra_json"]) == {"n": "many", "m": 2}
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([1], pa.uint8()), 1),
+        (pa.array([2**63], pa.uint64()), 2**63),
+        (pa.array(["x"]).dictionary_encode(), "x"),
+        (pa.array([None], pa.null()), None),
+        (pa.array([[1, 2]], pa.large_list(pa.uint16())), [1, 2]),
+        (pa.array([{"a": 1}], pa.struct([("a", pa.uint32())])), {"a": 1}),
+        (pa.array([0.5], pa.float16()), 0.5),
+    ],
+)
+def test_types_that_spark_lacks_widen(tmp_path, array, expected):
+    write_shard(tmp_path / "s.tar", [("0", [("jpg", b"x")])])
+    table = pa.table({"key": ["0"], "value": array})
+    pq.write_table(table, tmp_path / "s.parquet")
+    (row,) = rows(tmp_path / "s.tar")
+    assert row["value"] == expected
+
+
+def test_a_damaged_sidecar_costs_no_sample_and_says_so(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"a": 1}))
+    fields = tuple(infer_passthrough(str(tmp_path / "s.tar"), "key"))
+    (tmp_path / "s.parquet").write_bytes(b"PAR1 not really")
+    sample, fault = rows(tmp_path / "s.tar", passthrough=fields)
+    assert (sample["status"], sample["a"]) == ("ok", 1)
+    assert (fault["key"], fault["status"]) == (None, "sidecar_unreadable")
+
+
+def test_a_sidecar_without_the_id_column_is_refused_at_the_start(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"a": 1}))
+    pd.DataFrame({"uid": ["0"]}).to_parquet(tmp_path / "s.parquet")
+    with pytest.raises(ShardUnreadableError, match="no column 'key'"):
+        infer_passthrough(str(tmp_path / "s.tar"), "key")
+
+
+def test_only_wanted_columns_are_kept_and_unknown_ones_refused(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"a": 1, "b": 2}))
+    assert [f.name for f in infer_passthrough(str(tmp_path / "s.tar"), "key", ["b"])] == ["b"]
+    with pytest.raises(InputError, match="no column c"):
+        infer_passthrough(str(tmp_path / "s.tar"), "key", ["c"])
+
+
+def test_the_preferred_image_wins_and_a_missing_one_is_told(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(
+        path,
+        [("both", [("png", b"p"), ("jpg", b"j")]), ("odd", [("v2.jpg", b"x"), ("txt", b"t")])],
+    )
+    both, odd = rows(path)
+    assert both["image"] == b"j"
+    assert (odd["status"], odd["image"]) == ("image_missing", None)
+    assert "v2.jpg, txt" in odd["error_message"]
+    assert [r["image"] for r in rows(path, image_extensions=("v2.jpg", "png"))] == [b"p", b"x"]
+
+
+def test_captions_are_kept_when_asked(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, [("a", [("jpg", b"x"), ("txt", "größer".encode())])])
+    assert rows(path, captions=True)[0]["caption"] == "größer"
+    assert "caption" not in rows(path)[0]
+
+
+def test_batches_are_bounded_in_rows_and_bytes(tmp_path):
+    path = tmp_path / "s.tar"
+    write_shard(path, [(f"{i:03}", [("jpg", b"x" * 1000)]) for i in range(50)])
+
+    def sizes(**options):
+        options = SampleOptions(**options)
+        return [b.num_rows for b in iter_sample_batches([(str(path), "s")], options)]
+
+    assert sizes(batch_rows=20) == [20, 20, 10]
+    assert sizes(batch_bytes=10_000) == [10] * 5

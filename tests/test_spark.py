@@ -1,0 +1,322 @@
+"""The plans, the UDF and the dataset on a real session: the rows are the core's."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyspark.sql import functions as F
+from test_scorer import all_shards
+
+from spark_nsfw import (
+    ImageClassifier,
+    ImageTextPairDataset,
+    NsfwClassifier,
+    SampleOptions,
+    Scorer,
+    TimmImageEmbedder,
+    iter_sample_batches,
+    nsfw_udf,
+    read_webdataset,
+    score_samples,
+)
+from spark_nsfw.errors import EmbeddingWidthError, InputError
+from spark_nsfw.photographs import write_photograph_shards, write_shard
+from spark_nsfw.shards import iter_samples
+from spark_nsfw.spark.workers import choose_device
+
+
+@pytest.fixture(scope="module")
+def core_rows(shards, detector_path):
+    embedder = TimmImageEmbedder("test_vit2", batch_size=8, embedding_size=768)
+    scorer = Scorer(embedder, [NsfwClassifier(model_path=detector_path)], "cpu")
+    batches = iter_sample_batches(all_shards(shards), SampleOptions())
+    return by_identity(pa.Table.from_batches(scorer.score(batches)).to_pylist())
+
+
+def by_identity(rows):
+    """(shard, key) → the row's result columns, floats as they are stored."""
+    found = {}
+    for row in rows:
+        embedding = row["image_embedding"]
+        identity = row["shard"], row["key"]
+        assert identity not in found
+        found[identity] = (
+            row["status"],
+            row["error_message"],
+            None if embedding is None else tuple(np.float32(embedding)),
+            None if row["nsfw_score"] is None else np.float32(row["nsfw_score"]),
+        )
+    return found
+
+
+def collected(dataframe):
+    return by_identity(row.asDict() for row in dataframe.collect())
+
+
+def test_read_webdataset_gives_every_sample_with_its_bytes(spark, shards):
+    rows = read_webdataset(spark, str(shards)).collect()
+    found = {(row.shard, row.key): row.image for row in rows if row.image is not None}
+    expected = {
+        (name, sample.key): bytes(sample.members[extension])
+        for path, name in all_shards(shards)
+        for sample in iter_samples(path)
+        for extension in ("jpg", "png", "webp")
+        if sample.status == "ok" and extension in sample.members
+    }
+    assert found == expected
+    assert len(expected) > 35
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("0000[01].tar", {"00000", "00001"}),
+        ("{00001..00003}.tar", {"00001", "00002", "00003"}),
+        ("odd", {"00000"}),
+        ("odd/00000.tar", {"00000"}),
+        ("*/*.tar", {"odd/00000"}),
+    ],
+)
+def test_inputs_of_every_form(spark, shards, pattern, expected):
+    df = read_webdataset(spark, str(shards / pattern))
+    assert {row.shard for row in df.select("shard").distinct().collect()} == expected
+
+
+def test_several_inputs(spark, shards):
+    df = read_webdataset(spark, [shards / "00000.tar", str(shards / "00002.tar")])
+    assert {row.shard for row in df.select("shard").distinct().collect()} == {"00000", "00002"}
+
+
+@pytest.mark.parametrize("path", ["nowhere", "{00000..00009}.tar", "*.gone"])
+def test_a_path_without_shards_is_refused(spark, shards, path):
+    with pytest.raises(InputError, match="no shard|no such shard"):
+        read_webdataset(spark, str(shards / path))
+
+
+def test_names_with_blanks_and_signs(spark, tmp_path):
+    for name in ["a b", "50%", "ü", "x=1"]:
+        write_photograph_shards(tmp_path / "in put" / name, 1, 1)
+    rows = read_webdataset(spark, str(tmp_path / "in put")).select("shard", "status").collect()
+    assert {(r.shard, r.status) for r in rows} == {
+        (f"{name}/00000", "ok") for name in ["a b", "50%", "ü", "x=1"]
+    }
+
+
+def test_the_dataframe_plan_gives_the_cores_rows(spark, shards, embedder, core_rows):
+    assert collected(score_samples(read_webdataset(spark, str(shards)), embedder)) == core_rows
+
+
+def test_the_dataset_gives_the_cores_rows(spark, shards, embedder, core_rows):
+    dataset = ImageTextPairDataset.from_webdataset(str(shards), id_col="key")
+    assert collected(embedder(dataset).metadata) == core_rows
+
+
+def test_embed_then_classify_gives_the_same_rows_as_both_in_one(
+    spark, shards, embedder, detector_path, core_rows
+):
+    plain = TimmImageEmbedder("test_vit2", batch_size=8, embedding_size=768)
+    dataset = ImageTextPairDataset.from_webdataset(path=str(shards), id_col="key")
+    two_steps = NsfwClassifier(model_path=detector_path)(plain(dataset))
+    assert collected(two_steps.metadata) == core_rows
+
+
+def test_stored_embeddings_are_classified_without_reading_an_image(
+    spark, shards, embedder, detector_path, core_rows, tmp_path
+):
+    for path, name in all_shards(shards):
+        if name in ("00000", "00001"):
+            (tmp_path / f"{name}.tar").write_bytes(Path(path).read_bytes())
+    dataset = ImageTextPairDataset.from_webdataset(str(tmp_path))
+    TimmImageEmbedder("test_vit2", batch_size=8, embedding_size=768)(dataset).save_metadata()
+    stored = ImageTextPairDataset.from_webdataset(str(tmp_path))
+    assert "image_embedding" in stored.metadata.columns
+    for variant in ("torch", "laion"):
+        classifier = NsfwClassifier(model_path=detector_path, variant=variant)
+        scores = {(r.shard, r.key): r.nsfw_score for r in classifier(stored).metadata.collect()}
+        embedder.classifiers = (classifier,)
+        fresh = ImageTextPairDataset.from_webdataset(str(tmp_path))
+        expected = {(r.shard, r.key): r.nsfw_score for r in embedder(fresh).metadata.collect()}
+        assert scores == expected
+        assert len(scores) == 22
+
+
+def test_classifying_without_embeddings_says_what_to_do(spark, shards, detector_path):
+    dataset = ImageTextPairDataset.from_webdataset(str(shards))
+    with pytest.raises(InputError, match="embed it first"):
+        NsfwClassifier(model_path=detector_path)(dataset).metadata  # noqa: B018
+
+
+def test_the_udf_scores_any_column_of_images(spark, embedder, jpegs, detector_path):
+    images = [*jpegs[:3], None, b"no image"]
+    df = spark.createDataFrame(
+        [(str(i), image) for i, image in enumerate(images)], "id string, pic binary"
+    )
+    rows = df.select("id", nsfw_udf(embedder)("pic").alias("r")).orderBy("id").collect()
+    expected = embedder.embed(jpegs[:3], device="cpu")
+    scores = NsfwClassifier(model_path=detector_path).classify(expected, "cpu")
+    assert [row.r.status for row in rows] == ["ok"] * 3 + ["image_missing", "image_undecodable"]
+    assert np.array_equal(np.float32([r.r.image_embedding for r in rows[:3]]), expected)
+    assert [np.float32(row.r.nsfw_score) for row in rows[:3]] == list(scores)
+    assert [(r.r.image_embedding, r.r.nsfw_score) for r in rows[3:]] == [(None, None)] * 2
+
+
+def test_a_missing_score_is_null_not_nan(spark, embedder):
+    df = spark.createDataFrame([(b"no image",)], "image binary")
+    scored = score_samples(df, embedder)
+    assert (
+        scored.where(F.col("nsfw_score").isNull() & F.col("image_embedding").isNull()).count() == 1
+    )
+    assert scored.columns == ["status", "error_message", "image_embedding", "nsfw_score"]
+
+
+def test_what_does_not_fit_is_refused_on_the_driver(spark, detector_path):
+    narrow = TimmImageEmbedder("test_vit2", embedding_size=32)
+    with pytest.raises(EmbeddingWidthError):
+        nsfw_udf(narrow, [NsfwClassifier(model_path=detector_path)])
+
+
+def test_the_datasets_columns_pass_through(spark, shards):
+    df = read_webdataset(spark, str(shards / "0000[0-2].tar"), captions=True)
+    assert df.columns == [
+        "shard", "key", "caption", "width", "height", "extra_json", "status", "error_message",
+        "image",
+    ]  # fmt: skip
+    row = df.where("key = '000010003'").collect()[0]
+    described = {
+        sample.key: json.loads(sample.members["json"])
+        for sample in iter_samples(str(shards / "00001.tar"))
+    }
+    assert (row.width, row.height) == (
+        described[row.key]["width"],
+        described[row.key]["height"],
+    )
+    assert row.caption == "a photograph"
+    few = read_webdataset(spark, str(shards / "00000.tar"), columns=["height"])
+    assert few.columns == ["shard", "key", "height", "status", "error_message", "image"]
+    none = read_webdataset(spark, str(shards / "00000.tar"), columns=[])
+    assert none.columns == ["shard", "key", "status", "error_message", "image"]
+    with pytest.raises(InputError, match="no column depth"):
+        read_webdataset(spark, str(shards / "00000.tar"), columns=["depth"])
+
+
+def test_timestamps_and_nested_sidecar_columns_reach_spark(spark, tmp_path):
+    write_shard(tmp_path / "s.tar", [("0", [("jpg", b"x")])])
+    about = {
+        "key": ["0"],
+        "seen": [pd.Timestamp("2024-02-03 04:05:06")],
+        "seen_utc": [pd.Timestamp("2024-02-03 04:05:06", tz="UTC")],
+        "tags": [["a", "b"]],
+        "size": [{"w": 1, "h": 2}],
+    }
+    pd.DataFrame(about).to_parquet(tmp_path / "s.parquet")
+    row = read_webdataset(spark, str(tmp_path)).collect()[0]
+    assert str(row.seen) == "2024-02-03 04:05:06"
+    assert (row.tags, row["size"].asDict()) == (["a", "b"], {"w": 1, "h": 2})
+    assert row.seen_utc is not None
+
+
+class LoadCounting(ImageClassifier):
+    """Notes every process that loads a model; workers cannot import this module."""
+
+    def __init__(self, directory):
+        super().__init__("loads")
+        self.directory = directory
+
+    def load_model(self, device):
+        import uuid
+
+        name = f"{os.getpid()}-{uuid.uuid4()}"
+        with open(os.path.join(self.directory, name), "w"):
+            pass
+        return lambda embeddings: embeddings.sum(dim=1)
+
+
+@pytest.mark.parametrize("plan", ["dataframe", "fused"])
+def test_each_slot_loads_one_model_and_keeps_it(spark, tmp_path, plan):
+    """Two slots, many tasks, three actions: two loads. Readers never become scorers."""
+    import test_spark
+    from pyspark import cloudpickle
+
+    cloudpickle.register_pickle_by_value(test_spark)
+    write_photograph_shards(tmp_path / "shards", num_shards=8, samples_per_shard=4)
+    loads = tmp_path / "loads"
+    loads.mkdir()
+    embedder = TimmImageEmbedder(
+        "test_vit2", embedding_size=16, batch_size=4, classifiers=[LoadCounting(str(loads))]
+    )
+    before = spark.conf.get("spark.sql.files.openCostInBytes")
+    spark.conf.set("spark.sql.files.openCostInBytes", str(128 << 20))  # a task for every shard
+    try:
+        if plan == "fused":
+            dataset = ImageTextPairDataset.from_webdataset(str(tmp_path / "shards"), spark=spark)
+            scored = embedder(dataset).metadata
+        else:
+            scored = score_samples(read_webdataset(spark, str(tmp_path / "shards")), embedder)
+        assert scored.rdd.getNumPartitions() == 8
+        for _ in range(3):
+            assert len(scored.collect()) == 32
+    finally:
+        spark.conf.set("spark.sql.files.openCostInBytes", before)
+        cloudpickle.unregister_pickle_by_value(test_spark)
+    processes = [path.name.split("-")[0] for path in loads.iterdir()]
+    assert len(processes) == len(set(processes))
+    assert 1 <= len(processes) <= 2
+
+
+def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch):
+    assert choose_device("cuda:3") == "cuda:3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_device() == "cuda:0"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+    class Task:
+        def resources(self):
+            return {"gpu": type("Gpu", (), {"addresses": ["1"]})}
+
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: Task())
+    assert choose_device() == "cuda:1"
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device() == "cpu"
+
+
+def test_save_metadata_writes_parquet_by_shard(spark, shards, embedder, core_rows, tmp_path):
+    dataset = embedder(ImageTextPairDataset.from_webdataset(str(shards)))
+    dataset.save_metadata(str(tmp_path / "out"))
+    assert collected(spark.read.parquet(str(tmp_path / "out"))) == core_rows
+    frame = pd.read_parquet(tmp_path / "out")
+    assert by_identity(frame.replace({np.nan: None}).to_dict("records")).keys() == core_rows.keys()
+
+
+def test_save_metadata_with_columns(spark, shards, embedder, tmp_path):
+    dataset = embedder(ImageTextPairDataset.from_webdataset(str(shards)))
+    dataset.save_metadata(str(tmp_path / "out"), columns=["key", "nsfw_score"])
+    assert spark.read.parquet(str(tmp_path / "out")).columns == ["key", "nsfw_score", "shard"]
+    with pytest.raises(InputError, match="no column wrong"):
+        dataset.save_metadata(str(tmp_path / "out"), columns=["wrong"])
+
+
+def test_save_metadata_without_a_path_writes_sidecars_that_the_next_run_reads(
+    spark, embedder, tmp_path
+):
+    write_photograph_shards(tmp_path, num_shards=2, samples_per_shard=3)
+    ids = [f"00001000{i}" for i in range(3)]
+    pd.DataFrame({"key": ids, "url": ["a", "b", "c"]}).to_parquet(tmp_path / "00001.parquet")
+    embedder(ImageTextPairDataset.from_webdataset(str(tmp_path))).save_metadata()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.parquet", "00000.tar", "00001.parquet", "00001.tar",
+    ]  # fmt: skip
+    sidecar = pd.read_parquet(tmp_path / "00001.parquet")
+    assert sidecar["key"].tolist() == ids
+    assert sidecar["nsfw_score"].notna().all()
+    again = ImageTextPairDataset.from_webdataset(str(tmp_path))
+    columns = again.metadata.columns
+    assert len(columns) == len(set(columns))
+    assert "source_status" not in columns
+    rows = embedder(again).metadata.collect()
+    assert [row.nsfw_score for row in rows if row.key in ids] == sidecar["nsfw_score"].tolist()
