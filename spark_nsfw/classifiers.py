@@ -309,8 +309,11 @@ class NsfwClassifier(ImageClassifier):
         """
         if self.model_path is None and self.embedding_size is None:
             raise InputError("which detector it is depends on the embeddings: for_embedding_size")
-        path = self._file()
-        return Weights(self.model_path or path.name, self._sha256 or file_sha256(path))
+        if self.model_path is not None:
+            return Weights(self.model_path, self._sha256 or file_sha256(self._file()))
+        assert self.embedding_size is not None
+        detector = DETECTORS[self.embedding_size]
+        return Weights(detector.url, detector.sha256)
 
     def describe(self) -> dict[str, Any]:
         """Variant and weights, whatever path they were read from."""

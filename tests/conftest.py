@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,12 +34,24 @@ def detector_path() -> str:
 
 
 @pytest.fixture(scope="session")
-def spark():
+def weights_cache(tmp_path_factory) -> Path:
+    """A cache directory in which LAION's detectors lie, as if they had been downloaded."""
+    directory = tmp_path_factory.mktemp("cache")
+    for name in ("clip_autokeras_binary_nsfw.zip", "clip_autokeras_nsfw_b32.zip"):
+        if (SHARED / "laion" / name).exists():
+            shutil.copyfile(SHARED / "laion" / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def spark(weights_cache):
     import os
 
     from pyspark.sql import SparkSession
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
+    # Python workers have the environment that Spark was started with.
+    os.environ["SPARK_NSFW_CACHE"] = str(weights_cache)
     session = (
         SparkSession.builder.master("local[2]")
         .appName("tests")

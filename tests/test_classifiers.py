@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_a_trained_batch_norm_is_refused(tmp_path, detector_path):
 
 
 def test_a_tampered_file_in_the_cache_is_refused(tmp_path, monkeypatch, detector_path):
-    content = bytearray(open(detector_path, "rb").read())
+    content = bytearray(Path(detector_path).read_bytes())
     content[1000] ^= 1
     (tmp_path / ZIPS["vit_l_14"]).write_bytes(content)
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))

@@ -6,7 +6,7 @@ from spark_nsfw.cli import main
 
 def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys):
     status = main(["score", *arguments(shards / "00000.tar", tmp_path / "out", detector_path),
-                   "--plan", "fused", "--captions", "--columns", "", "--no-embeddings"])  # fmt: skip
+                   "--plan=fused", "--captions", "--columns=", "--no-embeddings"])  # fmt: skip
     assert status == 0
     assert "11 samples in 1 shards, 0 rows failed" in capsys.readouterr().out
     assert spark.read.parquet(str(tmp_path / "out")).columns == [
