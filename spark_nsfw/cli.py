@@ -96,6 +96,13 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the tower; auto: float16 on a GPU, float32 on a CPU",
     )
+    speed.add_argument(
+        "--decode",
+        choices=["exact", "fast"],
+        default="exact",
+        help="exact: OpenAI's pixels bit for bit; fast: close to them in a third of the time "
+        "(default: %(default)s)",
+    )
     speed.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
     speed.add_argument(
         "--plan",
@@ -149,6 +156,7 @@ def _score(options: argparse.Namespace) -> int:
         checkpoint_path=options.clip_checkpoint,
         precision=None if options.precision == "auto" else options.precision,
         embedding_size=options.embedding_size,
+        decode=options.decode,
         classifiers=[
             NsfwClassifier(model_path=options.nsfw_checkpoint, variant=options.nsfw_variant)
         ],

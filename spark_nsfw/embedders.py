@@ -15,7 +15,7 @@ from torch import nn
 
 from spark_nsfw.batching import pad_rows
 from spark_nsfw.errors import ImageError, InputError, WeightsUnavailableError
-from spark_nsfw.pixels import decode_image
+from spark_nsfw.pixels import DECODES, Decode, decode_image
 from spark_nsfw.weights import Weights, check_fit, file_sha256, load_state_dict, local_file
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class TimmImageEmbedder:
         precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
             ``autocast`` says.
         embedding_size: width D of the tower's projection; None takes the model's own.
+        decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit, ``fast`` comes
+            close in a third of the time (docs/fidelity.md says how close).
 
     Without ``pretrained`` or ``checkpoint_path`` the weights are random, from a fixed
     seed: for trying things out; the scores mean nothing.
@@ -106,6 +108,7 @@ class TimmImageEmbedder:
         checkpoint_path: str | None = None,
         precision: Precision | None = None,
         embedding_size: int | None = None,
+        decode: Decode = "exact",
     ) -> None:
         if not timm.is_model(model_name):
             raise InputError(
@@ -116,6 +119,9 @@ class TimmImageEmbedder:
             raise InputError("batch_size and num_threads_per_worker are at least 1")
         if precision not in (None, *PRECISIONS):
             raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+        if decode not in DECODES:
+            raise InputError(f"decode is one of {', '.join(DECODES)}, not {decode!r}")
+        self.decode: Decode = decode
         self.model_name = model_name
         self.pretrained = pretrained
         self.batch_size = batch_size
@@ -196,7 +202,7 @@ class TimmImageEmbedder:
             "weights": {"source": weights.source, "sha256": weights.sha256},
             "precision": self.precision or ("autocast" if self.autocast else "float32"),
             "normalize_embeddings": self.normalize_embeddings,
-            "preprocessing": f"OpenAI CLIP, {self.image_size} px, decode=exact",
+            "preprocessing": f"OpenAI CLIP, {self.image_size} px, decode={self.decode}",
         }
 
     def load_embedding_model(self, device: str) -> Tower:
@@ -249,7 +255,7 @@ class TimmImageEmbedder:
                 pixels = np.empty((len(batch), self.image_size, self.image_size, 3), np.uint8)
                 for row, image_bytes in enumerate(batch):
                     try:
-                        pixels[row] = decode_image(image_bytes, self.image_size)
+                        pixels[row] = decode_image(image_bytes, self.image_size, decode=self.decode)
                     except ImageError as exc:
                         raise type(exc)(f"images[{start + row}]: {exc}") from exc
                 embedded = tower(torch.from_numpy(pixels).to(device))

@@ -23,7 +23,7 @@ import torch
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import ImageError, InputError, OversizedImageError
-from spark_nsfw.pixels import decode_image
+from spark_nsfw.pixels import Decode, decode_image
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
     IMAGE,
@@ -169,7 +169,8 @@ class _Pipeline:
             self.decoding.append(_DeviceBatch(self._take_pixels()))
         batch = self.decoding[-1]
         slot = batch.pixels[len(batch.slots)].numpy()
-        batch.futures.append(self.pool.submit(_decode_into, slot, memoryview(image)))
+        decode = self.scorer.embedder.decode
+        batch.futures.append(self.pool.submit(_decode_into, slot, memoryview(image), decode))
         batch.slots.append((rows, position))
 
     def _take_pixels(self) -> torch.Tensor:
@@ -275,8 +276,8 @@ class _Pipeline:
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _decode_into(slot: npt.NDArray[np.uint8], image: memoryview) -> None:
-    slot[:] = decode_image(image, slot.shape[0])
+def _decode_into(slot: npt.NDArray[np.uint8], image: memoryview, decode: Decode) -> None:
+    slot[:] = decode_image(image, slot.shape[0], decode=decode)
 
 
 def _embedding_array(

@@ -240,7 +240,8 @@ def test_an_unknown_model_is_refused_with_close_names():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"num_threads_per_worker": 0}, {"precision": "float8"}]
+    "bad",
+    [{"batch_size": 0}, {"num_threads_per_worker": 0}, {"precision": "float8"}, {"decode": "x"}],
 )
 def test_arguments_that_cannot_work_are_refused(bad):
     with pytest.raises(InputError):

@@ -145,3 +145,49 @@ def test_random_damage_never_raises_anything_else():
             except ImageError:
                 continue
             assert pixels.shape == (224, 224, 3)
+
+
+def difference(content):
+    exact, fast = (decode_image(content, 224, decode=d).astype(int) for d in ("exact", "fast"))
+    return np.abs(exact - fast)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("side", [100, 256, 512, 1000, 2000])
+def test_fast_pixels_are_within_two_grey_levels(image_format, side):
+    for photograph, _ in zip(photographs(side, side + 50, seed=side), range(3), strict=False):
+        assert difference(encode(photograph, image_format)).max() <= 2
+
+
+def test_fast_is_exact_for_every_mode_but_rgb():
+    for name, content in corpus():
+        jpeg_or_rgb = Image.open(io.BytesIO(content)).mode == "RGB"
+        assert difference(content).max() <= (2 if jpeg_or_rgb else 0), name
+
+
+def test_fast_and_exact_agree_on_what_is_damaged():
+    generator = np.random.default_rng(1)
+    original = np.frombuffer(encode(next(photographs(200, 300))), np.uint8)
+    refused = 0
+    for number in range(300):
+        damaged = original.copy()
+        if number % 3:
+            damaged[generator.integers(0, len(damaged), 5)] = generator.integers(0, 256, 5)
+        else:
+            damaged = damaged[: generator.integers(0, len(damaged))]
+        verdicts = []
+        for decode in ("exact", "fast"):
+            try:
+                decode_image(damaged.tobytes(), 224, decode=decode)
+                verdicts.append(None)
+            except ImageError as exc:
+                verdicts.append(type(exc))
+        assert verdicts[0] == verdicts[1]
+        refused += verdicts[0] is not None
+    assert 100 <= refused < 290
+
+
+def test_fast_refuses_too_many_pixels_before_it_decodes():
+    content = encode(Image.new("RGB", (4000, 3000)), "JPEG")
+    with pytest.raises(OversizedImageError, match="4000 x 3000"):
+        decode_image(content, 224, max_pixels=10_000_000, decode="fast")

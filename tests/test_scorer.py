@@ -181,7 +181,7 @@ def test_an_error_of_the_source_comes_through_and_stops_the_threads(shards, embe
 
 
 def test_an_error_in_a_decoding_thread_is_the_tasks_error_not_a_hang(shards, embedder, monkeypatch):
-    def out_of_memory(*_):
+    def out_of_memory(*_, **__):
         raise MemoryError("no room")
 
     monkeypatch.setattr("spark_nsfw.scorer.decode_image", out_of_memory)
