@@ -247,6 +247,8 @@ class NsfwClassifier(ImageClassifier):
         variant: ``torch`` scores as NeMo Curator and DataComp do; ``laion`` as LAION's
             TensorFlow model does, with its categorical lookups, on embeddings that the
             pipeline rounds to float16 as LAION's were. ``laion`` needs LAION's zip.
+        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from
+            which LAION's files are taken instead of downloaded.
 
     Source: https://github.com/LAION-AI/CLIP-based-NSFW-Detector.
     """
@@ -258,12 +260,14 @@ class NsfwClassifier(ImageClassifier):
         batch_size: int = -1,
         model_path: str | None = None,
         variant: Literal["torch", "laion"] = "torch",
+        models_dir: str | None = None,
     ) -> None:
         if variant not in ("torch", "laion"):
             raise InputError(f"variant is 'torch' or 'laion', not {variant!r}")
         super().__init__(pred_column, embedding_column, None, batch_size)
         self.model_path = model_path
         self.variant = variant
+        self.models_dir = models_dir
         self._sha256: str | None = None
         if variant == "laion":
             self.embedding_precision = torch.float16
@@ -298,6 +302,10 @@ class NsfwClassifier(ImageClassifier):
             return local_file(self.model_path, self._sha256)
         assert self.embedding_size is not None
         detector = DETECTORS[self.embedding_size]
+        if self.models_dir is not None:
+            return local_file(
+                f"{self.models_dir.rstrip('/')}/{detector.file_name}", detector.sha256
+            )
         return download(detector.url, detector.file_name, detector.sha256)
 
     @property

@@ -14,9 +14,17 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from spark_nsfw.batching import pad_rows
-from spark_nsfw.errors import ImageError, InputError, WeightsUnavailableError
+from spark_nsfw.errors import ImageError, InputError
+from spark_nsfw.models import staged_file
 from spark_nsfw.pixels import DECODES, Decode, decode_image
-from spark_nsfw.weights import Weights, check_fit, file_sha256, load_state_dict, local_file
+from spark_nsfw.weights import (
+    Weights,
+    check_fit,
+    file_sha256,
+    hub_file,
+    load_state_dict,
+    local_file,
+)
 
 if TYPE_CHECKING:
     from spark_nsfw.classifiers import ImageClassifier
@@ -85,8 +93,11 @@ class TimmImageEmbedder:
         precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
             ``autocast`` says.
         embedding_size: width D of the tower's projection; None takes the model's own.
-        decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit, ``fast`` comes
-            close in a third of the time (docs/fidelity.md says how close).
+        decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit; ``fast`` takes
+            less than half the time and moves scores less than float16 does
+            (docs/fidelity.md).
+        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from
+            which ``pretrained`` takes the weights instead of the hub.
 
     Without ``pretrained`` or ``checkpoint_path`` the weights are random, from a fixed
     seed: for trying things out; the scores mean nothing.
@@ -108,7 +119,8 @@ class TimmImageEmbedder:
         checkpoint_path: str | None = None,
         precision: Precision | None = None,
         embedding_size: int | None = None,
-        decode: Decode = "exact",
+        decode: Decode = "fast",
+        models_dir: str | None = None,
     ) -> None:
         if not timm.is_model(model_name):
             raise InputError(
@@ -132,6 +144,7 @@ class TimmImageEmbedder:
         self.autocast = autocast
         self.checkpoint_path = checkpoint_path
         self.precision = precision
+        self.models_dir = models_dir
         self._embedding_size = embedding_size
         self._sha256: str | None = None
         self._towers: dict[str, Tower] = {}
@@ -183,8 +196,11 @@ class TimmImageEmbedder:
         """The local checkpoint file, fetched if it must be; None for random weights."""
         if self.checkpoint_path is not None:
             return str(local_file(self.checkpoint_path, self._sha256))
+        if self.pretrained and self.models_dir is not None:
+            url, sha256 = staged_file(self.models_dir, self.model_name)
+            return str(local_file(url, self._sha256 or sha256))
         if self.pretrained:
-            return str(local_file(_hub_file(self.model_name), self._sha256))
+            return str(local_file(hub_file(self.model_name), self._sha256))
         return None
 
     def precision_on(self, device: str) -> Precision:
@@ -275,40 +291,6 @@ def _close_names(model_name: str) -> list[str]:
     from difflib import get_close_matches
 
     return get_close_matches(model_name, timm.list_models() + timm.list_pretrained(), n=3)
-
-
-def _hub_file(model_name: str) -> str:
-    """Timm's weights of a model, fetched from the hub once; later found in its cache.
-
-    Raises:
-        InputError: timm has no weights under this name.
-        WeightsUnavailableError: they cannot be fetched.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    config = timm.get_pretrained_cfg(model_name)
-    if config is None or not config.hf_hub_id:
-        raise InputError(
-            f"timm has no weights on the hub for {model_name!r}; "
-            "give a name with a tag such as .openai, or a checkpoint file"
-        )
-    file_names = [config.hf_hub_filename] if config.hf_hub_filename else []
-    file_names += ["model.safetensors", "pytorch_model.bin"]
-    for file_name in file_names:
-        try:
-            return str(hf_hub_download(config.hf_hub_id, file_name))
-        except EntryNotFoundError as exc:
-            if not isinstance(exc, LocalEntryNotFoundError):
-                continue  # the hub answered that there is no such file
-            reason: Exception = exc
-        except (OSError, ValueError) as exc:
-            reason = exc
-        raise WeightsUnavailableError(
-            f"the weights of {model_name} could not be fetched from the hub ({reason}); "
-            "on a machine without internet give a checkpoint file instead"
-        ) from reason
-    raise WeightsUnavailableError(f"{config.hf_hub_id} has none of {', '.join(file_names)}")
 
 
 def _renamed(tensors: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:

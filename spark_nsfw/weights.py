@@ -7,6 +7,7 @@ OpenAI's files need.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -14,7 +15,8 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +34,15 @@ from spark_nsfw.errors import (
 )
 from spark_nsfw.storage import open_input, resolve
 
-__all__ = ["Weights", "cache_dir", "check_fit", "download", "file_sha256", "load_state_dict"]
+__all__ = [
+    "Weights",
+    "cache_dir",
+    "check_fit",
+    "download",
+    "file_sha256",
+    "hub_file",
+    "load_state_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,10 @@ def local_file(url: str, sha256: str | None = None) -> Path:
             version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
             marker = hashlib.sha256(version.encode()).hexdigest()[:16]
             path = cache_dir() / f"{marker}-{Path(name).name}"
-            if not path.exists():
-                with open_input(url) as stream:
-                    _write_whole(stream, path)
+            with _lock(path):
+                if not path.exists():
+                    with open_input(url) as stream:
+                        _write_whole(stream, path)
     except (OSError, InputError) as exc:
         raise WeightsUnavailableError(
             f"{url}: {exc}; every machine that scores must be able to read it"
@@ -120,7 +131,10 @@ def download(url: str, file_name: str, sha256: str) -> Path:
         ChecksumError: what was fetched, or lies in the cache, is something else.
     """
     path = cache_dir() / file_name
-    if not path.exists():
+    with _lock(path):
+        if path.exists():
+            _verify(path, sha256)
+            return path
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 _write_whole(response, path)
@@ -131,6 +145,50 @@ def download(url: str, file_name: str, sha256: str) -> Path:
             ) from exc
     _verify(path, sha256)
     return path
+
+
+def hub_file(model_name: str) -> str:
+    """Timm's weights of a model, fetched from the hub once; later found in its cache.
+
+    Raises:
+        InputError: timm has no weights under this name.
+        WeightsUnavailableError: they cannot be fetched.
+    """
+    import timm
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    config = timm.get_pretrained_cfg(model_name)
+    if config is None or not config.hf_hub_id:
+        raise InputError(
+            f"timm has no weights on the hub for {model_name!r}; "
+            "give a name with a tag such as .openai, or a checkpoint file"
+        )
+    file_names = [config.hf_hub_filename] if config.hf_hub_filename else []
+    file_names += ["model.safetensors", "pytorch_model.bin"]
+    for file_name in file_names:
+        try:
+            return str(hf_hub_download(config.hf_hub_id, file_name))
+        except EntryNotFoundError as exc:
+            if not isinstance(exc, LocalEntryNotFoundError):
+                continue  # the hub answered that there is no such file
+            reason: Exception = exc
+        except (OSError, ValueError) as exc:
+            reason = exc
+        raise WeightsUnavailableError(
+            f"the weights of {model_name} could not be fetched from the hub ({reason}); "
+            "on a machine without internet give a checkpoint file instead"
+        ) from reason
+    raise WeightsUnavailableError(f"{config.hf_hub_id} has none of {', '.join(file_names)}")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process of this machine at a time, so that each file is fetched once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _write_whole(stream: BinaryIO, path: Path) -> None:

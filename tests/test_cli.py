@@ -1,7 +1,13 @@
+import subprocess
+
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 from test_job import arguments
 
 from spark_nsfw.cli import main
+from spark_nsfw.weights import file_sha256
 
 
 def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys):
@@ -42,3 +48,83 @@ def test_help_lists_every_option(capsys):
                    "--num-threads", "--precision", "--device", "--columns", "--no-embeddings",
                    "--shards-per-wave"]:  # fmt: skip
         assert option in text
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch, weights_cache):
+    """A directory that `models fetch` made from a hub whose cache has one small tower."""
+    repository = timm.get_pretrained_cfg("test_vit2").hf_hub_id
+    cached = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (cached / "snapshots" / "0").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    torch.manual_seed(11)
+    network = timm.create_model("test_vit2", num_classes=768)
+    save_file(network.state_dict(), cached / "snapshots" / "0" / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(weights_cache))
+    assert main(["models", "fetch", str(tmp_path / "models"), "--model", "test_vit2"]) == 0
+    return tmp_path / "models"
+
+
+def test_models_fetch_stages_what_sha256sum_can_check(staged, capsys):
+    assert sorted(path.name for path in staged.iterdir()) == [
+        "SHA256SUMS", "clip_autokeras_binary_nsfw.zip", "clip_autokeras_nsfw_b32.zip",
+        "test_vit2.safetensors",
+    ]  # fmt: skip
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=staged, check=True)
+
+
+def test_a_run_takes_all_weights_from_the_staged_directory(
+    spark, shards, staged, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    options = ["--model", "test_vit2", "--embedding-size", "768", "--models", str(staged)]
+    assert main(["score", str(shards / "00000.tar"), str(tmp_path / "out"), *options]) == 0
+    text = capsys.readouterr().out
+    assert file_sha256(staged / "test_vit2.safetensors") in text
+    assert "mean nothing" not in text
+
+
+@pytest.mark.parametrize("name", ["test_vit2.safetensors", "clip_autokeras_binary_nsfw.zip"])
+def test_a_tampered_file_in_the_staged_directory_is_refused(
+    spark, shards, staged, tmp_path, capsys, name
+):
+    expected = file_sha256(staged / name)
+    content = bytearray((staged / name).read_bytes())
+    content[-100] ^= 1
+    (staged / name).write_bytes(content)
+    options = ["--model", "test_vit2", "--embedding-size", "768", "--models", str(staged)]
+    assert main(["score", str(shards / "00000.tar"), str(tmp_path / "out"), *options]) == 1
+    error = capsys.readouterr().err
+    assert name in error
+    assert expected in error
+    assert file_sha256(staged / name) in error
+
+
+def test_a_tower_that_is_not_staged_is_named(spark, shards, staged, tmp_path, capsys):
+    options = ["--model", "test_vit", "--models", str(staged)]
+    assert main(["score", str(shards / "00000.tar"), str(tmp_path / "out"), *options]) == 1
+    assert "has no test_vit, only" in capsys.readouterr().err
+
+
+def test_inspect_says_what_made_an_output_and_warns_of_a_mixture(
+    spark, shards, tmp_path, detector_path, capsys
+):
+    for name, extra in [("a", []), ("b", ["--decode=exact"])]:
+        given = arguments(shards / "00000.tar", tmp_path / name, detector_path)
+        assert main(["score", *given, *extra]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    for part in ["2 files", '"model_name": "test_vit2"', "905520bb", "decode=fast", '"version"']:
+        assert part in text
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "mixes rows that were made in 2 ways" in capsys.readouterr().out
+
+
+def test_inspect_without_parquet_is_refused(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no Parquet files" in capsys.readouterr().err

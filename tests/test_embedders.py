@@ -68,7 +68,7 @@ def open_clips_embeddings(model, images):
 @pytest.mark.parametrize("style", ["openai", "open_clip", "open_clip_ddp", "open_clip_safetensors"])
 def test_embeddings_are_those_of_open_clip(tmp_path, clip_b32, jpegs, style):
     path = write_checkpoint(clip_b32, tmp_path, style)
-    embedder = TimmImageEmbedder(B32, checkpoint_path=str(path))
+    embedder = TimmImageEmbedder(B32, checkpoint_path=str(path), decode="exact")
     embeddings = embedder.embed(jpegs[:4], device="cpu")
     expected = open_clips_embeddings(clip_b32, jpegs[:4])
     assert embeddings.shape == (4, 512)
@@ -82,7 +82,9 @@ def test_timms_own_file_is_read(tmp_path, jpegs):
     network = timm.create_model("test_vit2", num_classes=768)
     path = tmp_path / "model.safetensors"
     save_file(network.state_dict(), path)
-    embedder = TimmImageEmbedder("test_vit2", checkpoint_path=str(path), embedding_size=768)
+    embedder = TimmImageEmbedder(
+        "test_vit2", checkpoint_path=str(path), embedding_size=768, decode="exact"
+    )
     embeddings = embedder.embed(jpegs[:2], device="cpu")
     config = timm.data.resolve_data_config({}, model=network)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
@@ -105,7 +107,9 @@ def test_pretrained_loads_timms_file_from_the_hubs_cache(tmp_path, monkeypatch, 
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    embeddings = TimmImageEmbedder(B32, pretrained=True).embed(jpegs[:2], device="cpu")
+    embeddings = TimmImageEmbedder(B32, pretrained=True, decode="exact").embed(
+        jpegs[:2], device="cpu"
+    )
     expected = open_clips_embeddings(clip_b32, jpegs[:2])
     assert np.abs(embeddings - expected).max() < 1e-5
 
