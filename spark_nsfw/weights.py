@@ -42,6 +42,7 @@ __all__ = [
     "file_sha256",
     "hub_file",
     "load_state_dict",
+    "local_file",
 ]
 
 

@@ -77,6 +77,19 @@ def test_embeddings_are_those_of_open_clip(tmp_path, clip_b32, jpegs, style):
     assert embedder.weights.sha256 == file_sha256(path)
 
 
+def test_embeddings_of_vit_l_14_are_those_of_open_clip(tmp_path, jpegs):
+    torch.manual_seed(2)
+    model = open_clip.create_model("ViT-L-14-quickgelu").eval()
+    path = write_checkpoint(model, tmp_path, "open_clip_safetensors")
+    embedder = TimmImageEmbedder(
+        "vit_large_patch14_clip_quickgelu_224.openai", checkpoint_path=str(path), decode="exact"
+    )
+    embeddings = embedder.embed(jpegs[:2], device="cpu")
+    assert embeddings.shape == (2, 768)
+    assert np.abs(embeddings - open_clips_embeddings(model, jpegs[:2])).max() < 1e-5
+    path.unlink()
+
+
 def test_timms_own_file_is_read(tmp_path, jpegs):
     torch.manual_seed(5)
     network = timm.create_model("test_vit2", num_classes=768)
