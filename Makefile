@@ -10,6 +10,11 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(RUN)python -m pytest
 
+bench: $(VENV)/.ready
+	for name in pixels plans memory scale fidelity; do \
+		$(RUN)python -m benchmarks.$$name || exit 1; \
+	done
+
 lint: $(VENV)/.ready
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .

@@ -8,6 +8,7 @@ Arrow batch shapes it.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ from spark_nsfw.schema import (
 )
 
 __all__ = ["Scorer"]
+
+_log = logging.getLogger(__name__)
 
 #: Device batches that decode ahead of the one the device computes.
 _DECODING_AHEAD = 2
@@ -67,6 +70,8 @@ class Scorer:
             raise InputError(f"two results would go to one column: {', '.join(names)}")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.keep_embeddings = keep_embeddings
+        #: Images per forward pass that the device has memory for, as far as is known.
+        self.fitting_batch_size = embedder.batch_size
 
     @property
     def result_fields(self) -> list[pa.Field]:
@@ -208,14 +213,36 @@ class _Pipeline:
             except ImageError as exc:
                 rows.faults[position] = Status.IMAGE_UNDECODABLE, str(exc)
         with torch.inference_mode():
-            pixels = batch.pixels[: len(batch.slots)]
-            embeddings = self.tower(pixels.to(self.scorer.device, non_blocking=True))
+            embeddings = self._embed(batch.pixels[: len(batch.slots)])
             batch.embeddings = self._to_host(embeddings)
             batch.scores = [self._to_host(c.score(embeddings)) for c in self.scorer.classifiers]
         if self.on_gpu:
             batch.copied = torch.cuda.Event()
             batch.copied.record(torch.cuda.current_stream(embeddings.device))
         self.computing.append(batch)
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) → float32 (N, D) on the device.
+
+        Where the device has no memory for a batch, half of it is tried, and what fitted
+        is kept for all batches to come.
+        """
+        while True:
+            try:
+                pieces = [
+                    self.tower(piece.to(self.scorer.device, non_blocking=True))
+                    for piece in pixels.split(self.scorer.fitting_batch_size)
+                ]
+                return torch.cat(pieces)
+            except torch.cuda.OutOfMemoryError:
+                if self.scorer.fitting_batch_size == 1:
+                    raise
+                self.scorer.fitting_batch_size = (self.scorer.fitting_batch_size + 1) // 2
+                _log.warning(
+                    "%s has no memory for a batch of %d images, going on with %d",
+                    self.scorer.device, len(pixels), self.scorer.fitting_batch_size,
+                )  # fmt: skip
+                torch.cuda.empty_cache()
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the CPU that, from a GPU, is complete only once the batch's event is."""

@@ -4,6 +4,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from spark_nsfw import (
     ImageClassifier,
@@ -207,3 +208,33 @@ def test_decoding_runs_ahead_but_not_away(shards, embedder):
         time.sleep(0.001)
         assert asked - done <= 5 * embedder.batch_size
     rows.close()
+
+
+@pytest.mark.parametrize("fitting", [1, 3, 10])
+def test_a_batch_that_does_not_fit_into_memory_is_halved(shards, embedder, expected, fitting):
+    embedder.batch_size = 16
+    scorer = Scorer(embedder, device="cpu")
+    tower = embedder.load_embedding_model("cpu")
+    sizes = []
+
+    def small_tower(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > fitting:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return tower(pixels)
+
+    embedder._towers["cpu"] = small_tower
+    table = score(scorer, shards)
+    scores = [row[3] for row in expected]
+    assert table["nsfw_score"].to_pylist() == [None if s is None else float(s) for s in scores]
+    assert scorer.fitting_batch_size <= fitting < 2 * scorer.fitting_batch_size
+    assert sum(size > fitting for size in sizes) <= 4  # it is found once, not for each batch
+
+
+def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
+    def no_tower(pixels):
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    embedder._towers["cpu"] = no_tower
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        score(Scorer(embedder, device="cpu"), shards)
