@@ -21,7 +21,7 @@ from spark_nsfw.spark.session import active_or_local_session
 
 
 def make_shards(directory: Path) -> None:
-    """Three whole shards, one with damaged samples, and one that was cut off in transit."""
+    """Three whole shards, one that was cut off in transit, and one of damaged samples."""
     write_photograph_shards(directory, num_shards=4, samples_per_shard=50)
     write_shard(directory / "damaged.tar", damaged_samples())
     last = directory / "00003.tar"

@@ -96,7 +96,8 @@ class ImageClassifier:
         if self.embedding_size not in (None, embedding_size):
             raise EmbeddingWidthError(
                 f"{type(self).__name__} takes embeddings of width {self.embedding_size}, "
-                f"these have width {embedding_size}; use the CLIP model it was trained on"
+                f"these have width {embedding_size}; use the CLIP model it was trained on, "
+                "or set --embedding-size (embedding_size) of a tower without weights"
             )
         return self
 
@@ -143,7 +144,13 @@ class ImageClassifier:
         return in_blocks(model, embeddings, block).reshape(-1).to(torch.float32)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
-        """The dataset with this classifier's score column, computed when it is read or saved."""
+        """The dataset with this classifier's score column, computed when it is read or saved.
+
+        Raises:
+            InputError: it is no `ImageTextPairDataset`.
+        """
+        if not hasattr(dataset, "with_classifier"):
+            raise InputError(f"expected an ImageTextPairDataset, not {type(dataset).__name__}")
         return dataset.with_classifier(self)
 
     def __getstate__(self) -> dict[str, Any]:

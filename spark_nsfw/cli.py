@@ -19,12 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except InputError as exc:
-        print(f"spark-nsfw: {exc}", file=sys.stderr)
-        return 2
     except SparkNsfwError as exc:
-        print(f"spark-nsfw: {type(exc).__name__}: {exc}", file=sys.stderr)
-        return 1
+        print(f"spark-nsfw: {exc}", file=sys.stderr)
+        return 2 if isinstance(exc, InputError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,8 +113,15 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     speed = parser.add_argument_group("speed")
-    speed.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
-    speed.add_argument("--num-threads", type=int, default=4, help="decoding threads per worker")
+    speed.add_argument(
+        "--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)"
+    )
+    speed.add_argument(
+        "--num-threads",
+        type=int,
+        default=4,
+        help="decoding threads per worker (default: %(default)s)",
+    )
     speed.add_argument(
         "--precision",
         choices=["auto", "float32", "float16", "bfloat16"],
@@ -131,7 +135,10 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         help="exact: OpenAI's pixels bit for bit; fast: less than half the time, and scores move "
         "less than by float16 (default: %(default)s)",
     )
-    speed.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    speed.add_argument(
+        "--device",
+        help="torch device such as cuda:0 or cpu (default: the task's GPU, else the CPU)",
+    )
     speed.add_argument(
         "--plan",
         choices=["dataframe", "fused"],
@@ -160,10 +167,13 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--embeddings",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write the image_embedding column",
+        help="write the image_embedding column (default: yes)",
     )
     rows.add_argument(
-        "--image-extensions", metavar="A,B", help="which members are images, in order of preference"
+        "--image-extensions",
+        metavar="A,B",
+        help="which members are images, in order of preference (default: jpg, jpeg, png, webp and "
+        "what else pillow opens)",
     )
 
 
@@ -175,6 +185,7 @@ def _score(options: argparse.Namespace) -> int:
     from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.spark.udf import settled
 
     embedder = TimmImageEmbedder(
         options.model,
@@ -208,6 +219,7 @@ def _score(options: argparse.Namespace) -> int:
         ),
     )
     inputs = ShardInputs.parse(options.input)
+    settled(embedder, None)  # weights that cannot be had are told before Spark starts
     summary = run_job(active_or_local_session(), inputs, options.output, embedder, options=job)
     print(summary)
     return 0

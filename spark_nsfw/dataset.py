@@ -19,6 +19,7 @@ from spark_nsfw.schema import IMAGE, SHARD
 from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.udf import classifier_udf, score_shards, settled
+from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     with_provenance,
@@ -108,9 +109,10 @@ class ImageTextPairDataset:
             for classifier in self.classifiers:
                 metadata = _with_stored_scores(metadata, classifier)
             return metadata
-        scored = score_shards(paths, self._inputs, self._options, self.embedder, self.classifiers)
-        classifiers = settled(self.embedder, self.classifiers)
-        return with_provenance(scored, self._result_columns, provenance(self.embedder, classifiers))
+        embedder = self.embedder.with_precision_of(device_kind(self.spark))
+        scored = score_shards(paths, self._inputs, self._options, embedder, self.classifiers)
+        note = provenance(embedder, settled(embedder, self.classifiers))
+        return with_provenance(scored, self._result_columns, note)
 
     @property
     def _result_columns(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,10 +126,13 @@ class TimmImageEmbedder:
         if not timm.is_model(model_name):
             raise InputError(
                 f"timm has no model {model_name!r}; "
-                f"close names: {', '.join(_close_names(model_name)) or 'none'}"
+                f"close names: {', '.join(_close_names(model_name)) or 'none'}; "
+                "timm.list_models() lists them all"
             )
-        if batch_size < 1 or num_threads_per_worker < 1:
-            raise InputError("batch_size and num_threads_per_worker are at least 1")
+        if batch_size < 1:
+            raise InputError(f"batch size is at least 1, not {batch_size}")
+        if num_threads_per_worker < 1:
+            raise InputError(f"the number of threads is at least 1, not {num_threads_per_worker}")
         if precision not in (None, *PRECISIONS):
             raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
         if decode not in DECODES:
@@ -209,6 +213,13 @@ class TimmImageEmbedder:
             return self.precision
         return "float16" if self.autocast and torch.device(device).type == "cuda" else "float32"
 
+    def with_precision_of(self, device: str) -> TimmImageEmbedder:
+        """The same embedder, set to the precision that it has on this kind of device."""
+        settled = copy.copy(self)
+        settled._towers = {}
+        settled.precision = self.precision_on(device)
+        return settled
+
     def describe(self) -> dict[str, Any]:
         """What tells these embeddings from others, for caches and for provenance."""
         weights = self.weights
@@ -259,6 +270,7 @@ class TimmImageEmbedder:
             float32 (N, D), each of L2 norm 1 unless ``normalize_embeddings`` is off.
 
         Raises:
+            InputError: one of them is not bytes.
             ImageError: one of them cannot be decoded, which one is said;
                 `spark_nsfw.Scorer` gives such images a row with a status instead.
         """
@@ -270,6 +282,10 @@ class TimmImageEmbedder:
                 batch = images[start : start + self.batch_size]
                 pixels = np.empty((len(batch), self.image_size, self.image_size, 3), np.uint8)
                 for row, image_bytes in enumerate(batch):
+                    given: Any = image_bytes
+                    if not isinstance(given, (bytes, bytearray, memoryview)):
+                        kind = type(given).__name__
+                        raise InputError(f"images[{start + row}] is no bytes but {kind}")
                     try:
                         pixels[row] = decode_image(image_bytes, self.image_size, decode=self.decode)
                     except ImageError as exc:
@@ -279,7 +295,13 @@ class TimmImageEmbedder:
         return embeddings
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
-        """The dataset with embeddings and scores, computed when it is read or saved."""
+        """The dataset with embeddings and scores, computed when it is read or saved.
+
+        Raises:
+            InputError: it is no `ImageTextPairDataset`.
+        """
+        if not hasattr(dataset, "with_embedder"):
+            raise InputError(f"expected an ImageTextPairDataset, not {type(dataset).__name__}")
         return dataset.with_embedder(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class ShardInputs:
                 else:
                     there = expanded in files or expanded in directories
                 if not there:
-                    raise InputError(f"{expanded}: there is no such shard, nor one below it")
+                    raise InputError(f"{expanded} does not exist, or has no shard (*.tar) in it")
         path_of: dict[str, str] = {}
         for path in paths:
             name = self.shard_name(path)

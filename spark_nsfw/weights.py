@@ -178,7 +178,8 @@ def hub_file(model_name: str) -> str:
             reason = exc
         raise WeightsUnavailableError(
             f"the weights of {model_name} could not be fetched from the hub ({reason}); "
-            "on a machine without internet give a checkpoint file instead"
+            "on a machine without internet give its file with --clip-checkpoint (checkpoint_path), "
+            "or a directory that `spark-nsfw models fetch` made with --models (models_dir)"
         ) from reason
     raise WeightsUnavailableError(f"{config.hf_hub_id} has none of {', '.join(file_names)}")
 

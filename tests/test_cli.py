@@ -14,7 +14,7 @@ def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys
     status = main(["score", *arguments(shards / "00000.tar", tmp_path / "out", detector_path),
                    "--plan=fused", "--captions", "--columns=", "--no-embeddings"])  # fmt: skip
     assert status == 0
-    assert "11 samples in 1 shards, 0 rows failed" in capsys.readouterr().out
+    assert "11 samples in 1 shards: 11 scored, 0 failed" in capsys.readouterr().out
     assert spark.read.parquet(str(tmp_path / "out")).columns == [
         "key", "caption", "status", "error_message", "nsfw_score", "shard",
     ]  # fmt: skip
@@ -24,7 +24,7 @@ def test_bad_input_is_exit_status_2_and_one_line(spark, tmp_path, detector_path,
     assert main(["score", *arguments(tmp_path / "none", tmp_path / "out", detector_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "no shard (*.tar)" in error
+    assert "has no shard (*.tar)" in error
 
 
 def test_weights_that_cannot_be_had_are_exit_status_1(spark, shards, tmp_path, capsys):

@@ -268,3 +268,15 @@ def test_arguments_that_cannot_work_are_refused(bad):
 def test_a_pickled_embedder_is_small_and_has_no_weights(embedder):
     embedder.load_embedding_model("cpu")
     assert len(pickle.dumps(embedder)) < 4000
+
+
+@pytest.mark.parametrize("wrong", [None, "photo.jpg", 3])
+def test_what_is_no_bytes_is_named(embedder, jpegs, wrong):
+    with pytest.raises(InputError, match=r"images\[1\] is no bytes but"):
+        embedder.embed([jpegs[0], wrong], device="cpu")
+
+
+def test_embedders_and_classifiers_take_datasets_only(embedder):
+    for step in (embedder, embedder.classifiers[0]):
+        with pytest.raises(InputError, match="expected an ImageTextPairDataset, not list"):
+            step([])

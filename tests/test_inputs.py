@@ -39,7 +39,7 @@ def test_one_input_above_both_keeps_them_apart():
     "path", ["/data/1.tar", "/empty", "/data/{0..1}.tar", "/data/x*.tar", "/data/{x,y}.tar"]
 )
 def test_an_input_without_shards_is_refused(path):
-    with pytest.raises(InputError, match="no such shard"):
+    with pytest.raises(InputError, match="does not exist, or has no shard"):
         ShardInputs.parse([path, "/data/0.tar"]).check(["file:/data/0.tar"])
 
 

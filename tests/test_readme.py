@@ -27,12 +27,12 @@ def test_block(number, spark, tmp_path, capsys, jpegs, detector_path):
     names: dict = {}
     exec(block, names)
     if "scored" in names:
-        sidecar = pd.read_parquet(tmp_path / "dataset" / "00001.parquet")
-        assert sidecar["nsfw_score"].between(0, 1).all()
-        assert len(sidecar) == 3
+        metadata = pd.read_parquet(tmp_path / "metadata")
+        assert metadata["nsfw_score"].between(0, 1).all()
+        assert len(metadata) == 6
     elif "samples" in names:
-        assert names["scores"].where("scored.nsfw_score between 0 and 1").count() == 6
-        assert "nsfw_score" in capsys.readouterr().out
+        assert names["metadata"].where("nsfw_score between 0 and 1").count() == 6
+        assert capsys.readouterr().out.count("|000010002|") == 1 + 1
     else:
         assert names["scores"].shape == (3,)
         assert ((names["scores"] >= 0) & (names["scores"] <= 1)).all()

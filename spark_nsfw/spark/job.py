@@ -40,6 +40,7 @@ from spark_nsfw.spark.reader import (
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import arrow_fields
 from spark_nsfw.spark.udf import score_samples, score_shards, settled
+from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     read_provenance,
@@ -132,6 +133,7 @@ def run_job(
         raise InputError("shards_per_wave is at least 1")
     output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
     shards = list_shards(spark, inputs)
+    embedder = embedder.with_precision_of(device_kind(spark, options.device))
     chosen = settled(embedder, classifiers)
     note = provenance(embedder, chosen) | {"rows": options.describe()}
 
@@ -154,7 +156,8 @@ def run_job(
             scored = score_samples(read_samples(paths, inputs, samples), embedder, chosen, **how)
         return with_provenance(scored, _result_columns(embedder, chosen), note)
 
-    progress = _Progress(len(shards), report or partial(print, file=sys.stderr))
+    report = report or partial(print, file=sys.stderr)
+    progress = _Progress(len(shards), report)
 
     def write_wave(paths: DataFrame, wave: int) -> None:
         observation = Observation()
@@ -168,6 +171,8 @@ def run_job(
         started = time.monotonic()
         _run_stream(spark, inputs, output, options.shards_per_wave, write_wave)
         seconds = time.monotonic() - started
+    if not progress.num_shards_done:
+        report(f"nothing to do: all {len(shards):,} shards were scored before")
 
     columns = [classifier.pred_column for classifier in chosen]
     summary = summarize(spark.read.parquet(output), output, columns)
@@ -237,7 +242,7 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
         for key in before.keys() | now.keys():
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     elif before != now and not name.endswith(".source"):
-        yield f"{name} was {json.dumps(before)}, is now {json.dumps(now)}"
+        yield f"{name.removeprefix('rows.')} was {json.dumps(before)}, is now {json.dumps(now)}"
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
@@ -273,7 +278,7 @@ class _Progress:
         seconds = time.monotonic() - self._started
         self._report(
             f"wave {wave}: {self.num_shards_done:,} shards done in this run, "
-            f"{self.num_shards:,} in the input; {num_rows:,} rows, "
-            f"{num_rows - num_by_status[Status.OK.value]:,} failed; "
+            f"{self.num_shards:,} in the input; {num_by_status[Status.OK.value]:,} images scored, "
+            f"{num_rows - num_by_status[Status.OK.value]:,} rows failed; "
             f"{self.num_images / seconds:,.1f} images/s"
         )

@@ -43,7 +43,9 @@ def list_shards(spark: SparkSession, inputs: ShardInputs) -> list[str]:
             raise
         urls = []
     if not urls:
-        raise InputError(f"no shard (*.tar) in {', '.join(inputs.patterns)}")
+        raise InputError(
+            f"{', '.join(inputs.patterns)} does not exist, or has no shard (*.tar) in it"
+        )
     paths = sorted(unquote(url).replace("file:///", "file:/") for url in urls)
     inputs.check(paths)
     return paths

@@ -55,14 +55,21 @@ class Summary:
     seconds: float = 0.0
 
     @property
-    def num_failed(self) -> int:
-        """Rows whose status is not ``ok``."""
-        return sum(n for status, n in self.num_by_status.items() if status != Status.OK.value)
+    def num_scored(self) -> int:
+        """Samples whose status is ``ok``."""
+        return self.num_by_status.get(Status.OK.value, 0)
+
+    @property
+    def num_damaged_shards(self) -> int:
+        """Rows that stand for a shard, of which something could not be read."""
+        return sum(self.num_by_status.values()) - self.num_samples
 
     def __str__(self) -> str:
+        damaged = f"; {self.num_damaged_shards:,} shards damaged" if self.num_damaged_shards else ""
         lines = [
-            f"{self.num_samples:,} samples in {self.num_shards:,} shards, "
-            f"{self.num_failed:,} rows failed",
+            f"{self.num_samples:,} samples in {self.num_shards:,} shards: "
+            f"{self.num_scored:,} scored, "
+            f"{self.num_samples - self.num_scored:,} failed{damaged}",
             *(
                 f"  {status:<20} {count:>12,}"
                 for status, count in sorted(self.num_by_status.items(), key=lambda x: -x[1])
@@ -71,7 +78,7 @@ class Summary:
         for column, scores in self.scores.items():
             lines.append(f"{column}: {scores.share_above_half:.2%} above 0.5; quantiles")
             lines.append("  " + "".join(f"{f'{p:.0%}':>9}" for p in scores.quantiles))
-            lines.append("  " + "".join(f"{value:>9.4f}" for value in scores.quantiles.values()))
+            lines.append("  " + "".join(f"{value:>9.3g}" for value in scores.quantiles.values()))
         if self.seconds and self.num_new_images:
             lines.append(
                 f"{self.num_new_images:,} images in {self.seconds:,.1f} s: "

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 from pyspark import TaskContext
+from pyspark.sql import SparkSession
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.scorer import Scorer
 
-__all__ = ["choose_device", "worker_scorer"]
+__all__ = ["choose_device", "device_kind", "worker_scorer"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,18 @@ def choose_device(device: str | None = None) -> str:
     if "gpu" in resources:
         return f"cuda:{resources['gpu'].addresses[0]}"
     return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def device_kind(spark: SparkSession, device: str | None = None) -> str:
+    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them."""
+
+    def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            kind = torch.device(choose_device(device)).type
+            yield pa.RecordBatch.from_arrays([pa.array([kind])], names=["kind"])
+
+    row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
+    return str(row["kind"])
 
 
 _scorers: dict[str, Scorer] = {}

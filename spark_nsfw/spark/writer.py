@@ -50,7 +50,8 @@ def read_provenance(schema: StructType) -> dict[str, Any] | None:
 def write_schema(metadata: DataFrame, output: str) -> None:
     """Write the partition without rows: columns, provenance, and that shards are strings."""
     rows = metadata.sparkSession.createDataFrame([], metadata.drop(SHARD).schema)
-    rows.write.mode("overwrite").parquet(f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}")
+    partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
+    rows.write.mode("overwrite").option("compression", "zstd").parquet(partition)
 
 
 def write_metadata(metadata: DataFrame, output: str) -> None:
