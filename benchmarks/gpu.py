@@ -82,7 +82,7 @@ def forward_rates(options: argparse.Namespace) -> list[dict[str, object]]:
                 seconds = seconds_per_call(
                     lambda tower=tower, batch=batch: tower(batch), options.device
                 )
-                embeddings = tower(batch[:64]).cpu()
+                embeddings = tower(batch[: min(options.batch_sizes)]).cpu()
             reference = embeddings if reference is None else reference
             cosine = (embeddings * reference).sum(dim=1).min().item()
             row: dict[str, object] = {
