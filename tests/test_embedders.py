@@ -130,7 +130,7 @@ def test_pretrained_loads_timms_file_from_the_hubs_cache(tmp_path, monkeypatch, 
 def test_pretrained_weights_that_cannot_be_fetched_say_what_to_do(tmp_path, monkeypatch, jpegs):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsUnavailableError, match="give a checkpoint file"):
+    with pytest.raises(WeightsUnavailableError, match="--clip-checkpoint"):
         TimmImageEmbedder(B32, pretrained=True).embed(jpegs[:1], device="cpu")
 
 
