@@ -199,7 +199,9 @@ class NsfwDetector(nn.Module):
     def _look_up(self, dimension: int, values: torch.Tensor) -> torch.Tensor:
         """Positions in a vocabulary, from 1; 0 for values that are not in it. float32 (N,).
 
-        The codes are those of `spark_nsfw.laion.vocabulary_codes`.
+        Values are compared as ``%f`` prints them: as millionths, with ``-0.000000`` apart
+        from ``0.000000``. That is exact: a float32 times 10^6 needs 38 bits of mantissa, so
+        float64 holds the product, and rounding it half to even is what printf does.
         """
         vocabulary = self.get_buffer(f"vocabulary_{dimension}")
         listed, positions = vocabulary.sort()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from spark_nsfw.errors import WeightsError
 
-__all__ = ["DETECTORS", "Detector", "DetectorTensors", "read_detector", "vocabulary_codes"]
+__all__ = ["DETECTORS", "Detector", "DetectorTensors", "read_detector"]
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,8 @@ def read_detector(path: str | Path, detector: Detector) -> DetectorTensors:
     return DetectorTensors(tensors, vocabularies)
 
 
-def vocabulary_codes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """What ``%f`` prints of float32 values, as integers: twice the millionths, plus the sign bit.
-
-    Exact: a float32 times 10^6 needs 38 bits of mantissa, so float64 holds the product,
-    and rounding it half to even is what printf does. ``-0.000000`` and ``0.000000``
-    stay apart, as they do in print.
-    """
-    millionths = np.rint(values.astype(np.float64) * 1e6)
-    return millionths.astype(np.int64) * 2 + np.signbit(values)
-
-
 def _code_of_text(text: bytes) -> int:
+    """A printed value as an integer: twice the millionths, plus the sign bit."""
     digits = text.decode("ascii")
     sign = digits.startswith("-")
     whole, _, decimals = digits.removeprefix("-").partition(".")

@@ -18,7 +18,7 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.laion import DETECTORS, _code_of_text, read_detector, vocabulary_codes
+from spark_nsfw.laion import DETECTORS, _code_of_text, read_detector
 
 ZIPS = {"vit_l_14": "clip_autokeras_binary_nsfw.zip", "vit_b_32": "clip_autokeras_nsfw_b32.zip"}
 
@@ -210,6 +210,17 @@ def test_a_missing_file_is_refused():
 def test_arguments_that_cannot_work_are_refused(bad):
     with pytest.raises(InputError):
         NsfwClassifier(**bad)
+
+
+def vocabulary_codes(values):
+    """What ``%f`` prints of float32 values, as integers: twice the millionths, plus the sign bit.
+
+    Exact: a float32 times 10^6 needs 38 bits of mantissa, so float64 holds the product,
+    and rounding it half to even is what printf does. ``-0.000000`` and ``0.000000``
+    stay apart, as they do in print.
+    """
+    millionths = np.rint(values.astype(np.float64) * 1e6)
+    return millionths.astype(np.int64) * 2 + np.signbit(values)
 
 
 def test_vocabulary_codes_are_what_printf_prints():

@@ -60,8 +60,6 @@ _BINARY_FILE = "path string, modificationTime timestamp, length long, content bi
 _SETTINGS = {
     # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
-    # The checkpoint is a few names; its default compaction of old ones suits it.
-    "spark.sql.streaming.numRecentProgressUpdates": "1",
 }
 
 
