@@ -10,20 +10,16 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["in_blocks", "pad_rows"]
-
-
-def pad_rows(rows: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Fill up with zeros to a multiple: (N, …) → (M, …), M ≥ N."""
-    missing = -len(rows) % multiple
-    if not missing:
-        return rows
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+__all__ = ["in_blocks"]
 
 
 def in_blocks(
     model: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, block: int
 ) -> torch.Tensor:
-    """Apply a model to blocks of exactly ``block`` rows: (N, …) → (N, …)."""
-    results = [model(piece) for piece in pad_rows(rows, block).split(block)]
-    return torch.cat(results)[: len(rows)] if results else rows.new_zeros(0)
+    """Apply a model to blocks of exactly ``block`` rows, the last filled up with zeros.
+
+    (N, …) → (N, …), N ≥ 1.
+    """
+    missing = -len(rows) % block
+    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+    return torch.cat([model(piece) for piece in padded.split(block)])[: len(rows)]

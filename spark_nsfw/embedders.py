@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from spark_nsfw.batching import pad_rows
+from spark_nsfw.batching import in_blocks
 from spark_nsfw.errors import ImageError, InputError
 from spark_nsfw.models import staged_file
 from spark_nsfw.pixels import DECODES, Decode, decode_image
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from spark_nsfw.classifiers import ImageClassifier
     from spark_nsfw.dataset import ImageTextPairDataset
 
-__all__ = ["PRECISIONS", "TimmImageEmbedder", "Tower"]
+__all__ = ["CPU_BLOCK_IMAGES", "PRECISIONS", "TimmImageEmbedder", "Tower"]
 
 Precision = Literal["float32", "float16", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
@@ -40,8 +40,9 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 RANDOM_SEED = 0
 
 
-#: With fewer images in a forward pass, or a remainder, a CPU gives other last bits.
-_ROW_MULTIPLE = 8
+#: On a CPU every forward pass has this many images, so that an embedding depends on nothing
+#: but its image. More at a time are no faster.
+CPU_BLOCK_IMAGES = 8
 
 
 class Tower(nn.Module):
@@ -71,9 +72,15 @@ class Tower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) → float32 (N, D)."""
-        x = pad_rows(pixels, _ROW_MULTIPLE).permute(0, 3, 1, 2).to(torch.float32)
-        x = (x - self.get_buffer("mean")) / self.get_buffer("std")
-        embeddings = self.network(x.to(self.precision))[: len(pixels)].to(torch.float32)
+        if pixels.device.type == "cpu":
+            return in_blocks(self._embed, pixels, CPU_BLOCK_IMAGES)
+        return self._embed(pixels)
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Planes first, while a value is one byte: the passes below are then seven times as fast.
+        planes = pixels.permute(0, 3, 1, 2).contiguous()
+        x = planes.to(torch.float32).sub_(self.get_buffer("mean")).div_(self.get_buffer("std"))
+        embeddings = self.network(x.to(self.precision)).to(torch.float32)
         return nn.functional.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
 

@@ -1,17 +1,19 @@
 """Arrow batches of samples in, Arrow batches of metadata out.
 
-The only place that puts decoding, tower and classifiers together. Threads decode
-into the pixel buffers of the batches to come while the device computes; a device
-batch forms across Arrow batches, so neither the size of a shard nor that of an
-Arrow batch shapes it.
+The only place that puts decoding, tower and classifiers together. The caller's thread
+reads; decoding threads fill the pixels of the batches to come; computing threads take
+full batches through tower and classifiers. A device batch forms across Arrow batches, so
+neither the size of a shard nor that of an Arrow batch shapes it.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ import pyarrow.compute as pc
 import torch
 
 from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
+from spark_nsfw.embedders import CPU_BLOCK_IMAGES, TimmImageEmbedder
 from spark_nsfw.errors import ImageError, InputError, OversizedImageError
 from spark_nsfw.pixels import Decode, decode_image
 from spark_nsfw.schema import (
@@ -38,8 +40,15 @@ __all__ = ["Scorer"]
 
 _log = logging.getLogger(__name__)
 
-#: Device batches that decode ahead of the one the device computes.
+#: Device batches that decode ahead of those that are computed.
 _DECODING_AHEAD = 2
+
+#: Images that a decoding thread takes at a time: handing them over costs as much as a row.
+_DECODING_CHUNK = 8
+
+#: Threads that keep a GPU busy: while one waits for its results, the other has copied and
+#: launched the next batch. Each has a stream of its own.
+_GPU_STREAMS = 2
 
 
 class Scorer:
@@ -69,9 +78,17 @@ class Scorer:
         if len(set(names)) < len(names):
             raise InputError(f"two results would go to one column: {', '.join(names)}")
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.on_gpu = torch.device(self.device).type == "cuda"
+        #: Images per forward pass.
+        self.batch_size = embedder.batch_size
+        #: Forward passes under way at a time.
+        self.num_computing_threads = _GPU_STREAMS
+        if not self.on_gpu:  # each core takes images of its own through the tower
+            self.batch_size = CPU_BLOCK_IMAGES
+            self.num_computing_threads = torch.get_num_threads()
         self.keep_embeddings = keep_embeddings
         #: Images per forward pass that the device has memory for, as far as is known.
-        self.fitting_batch_size = embedder.batch_size
+        self.fitting_batch_size = self.batch_size
 
     @property
     def result_fields(self) -> list[pa.Field]:
@@ -91,8 +108,9 @@ class Scorer:
             same rows without ``image``, with embeddings and scores, which are null
             where ``status`` is not ``ok``.
         """
-        pool = ThreadPoolExecutor(self.embedder.num_threads_per_worker, "decode")
-        pipeline = _Pipeline(self, pool)
+        decoders = _thread_pool(self.embedder.num_threads_per_worker, "decode")
+        computers = _thread_pool(self.num_computing_threads, "compute")
+        pipeline = _Pipeline(self, decoders, computers)
         try:
             for batch in batches:
                 pipeline.add(batch)
@@ -100,7 +118,13 @@ class Scorer:
             pipeline.flush()
             yield from pipeline.finished()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for pool in (decoders, computers):
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads that do not split their work further: there is one for each core already."""
+    return ThreadPoolExecutor(num_threads, name, torch.set_num_threads, (1,))
 
 
 def fields_of(
@@ -113,7 +137,14 @@ def fields_of(
 
 @dataclass
 class _Rows:
-    """The rows of one Arrow batch on their way through the pipeline."""
+    """The rows of one Arrow batch on their way through the pipeline.
+
+    Attributes:
+        batch: without the images.
+        image_rows: the rows that have an image, int64 (K,).
+        embeddings, scores: of these images, float32 (K, D) and (classifiers, K).
+        faults: status and message by position among these images.
+    """
 
     batch: pa.RecordBatch
     image_rows: npt.NDArray[np.int64]
@@ -123,38 +154,49 @@ class _Rows:
     faults: dict[int, tuple[Status, str]] = field(default_factory=dict)
 
 
+#: Position of an image in a list, and what is wrong with it.
+_Fault = tuple[int, Status, str]
+
+
+@dataclass
+class _Chunk:
+    """Images of one Arrow batch that one thread decodes, side by side in a device batch."""
+
+    rows: _Rows
+    first_position: int
+    num_images: int
+    decoding: Future[list[_Fault]]
+
+
 @dataclass
 class _DeviceBatch:
-    """Images that go through the tower together.
-
-    ``slots`` tells where each image's results belong: rows, and position among their images.
-    """
+    """Images that go through the tower together: uint8 (B, S, S, 3), the first of them used."""
 
     pixels: torch.Tensor
-    futures: list[Future[None]] = field(default_factory=list)
-    slots: list[tuple[_Rows, int]] = field(default_factory=list)
-    embeddings: torch.Tensor | None = None
-    scores: list[torch.Tensor] = field(default_factory=list)
-    copied: Any = None
+    chunks: list[_Chunk] = field(default_factory=list)
+    num_images: int = 0
+    computing: Future[tuple[torch.Tensor, list[torch.Tensor]]] | None = None
 
 
 class _Pipeline:
     """Decode → device → results, with bounded queues between."""
 
-    def __init__(self, scorer: Scorer, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, scorer: Scorer, decoders: ThreadPoolExecutor, computers: ThreadPoolExecutor
+    ) -> None:
         self.scorer = scorer
-        self.pool = pool
+        self.decoders = decoders
+        self.computers = computers
         self.tower = scorer.embedder.load_embedding_model(scorer.device)
-        self.on_gpu = torch.device(scorer.device).type == "cuda"
+        self.streams = threading.local()
         self.waiting: deque[_Rows] = deque()
-        self.decoding: deque[_DeviceBatch] = deque()
+        self.filling: _DeviceBatch | None = None
         self.computing: deque[_DeviceBatch] = deque()
         self.free_pixels: list[torch.Tensor] = []
 
     def add(self, batch: pa.RecordBatch) -> None:
-        """Start to decode the images of a batch; computes whatever has become ready to."""
-        statuses = batch.column(STATUS)
-        ok = pc.equal(statuses, Status.OK.value).to_numpy(zero_copy_only=False)
+        """Start on the images of a batch; waits while enough others are under way."""
+        ok = pc.equal(batch.column(STATUS), Status.OK.value).to_numpy(zero_copy_only=False)
         image_rows = np.flatnonzero(ok)
         width = self.scorer.embedder.embedding_size
         rows = _Rows(
@@ -165,61 +207,68 @@ class _Pipeline:
         )
         self.waiting.append(rows)
         images = batch.column(IMAGE)
-        for position, row in enumerate(image_rows):
-            self._decode(images[row].as_buffer(), rows, position)
-
-    def _decode(self, image: pa.Buffer, rows: _Rows, position: int) -> None:
-        if not self.decoding or len(self.decoding[-1].slots) == self.scorer.embedder.batch_size:
-            self._advance(_DECODING_AHEAD)
-            self.decoding.append(_DeviceBatch(self._take_pixels()))
-        batch = self.decoding[-1]
-        slot = batch.pixels[len(batch.slots)].numpy()
-        decode = self.scorer.embedder.decode
-        batch.futures.append(self.pool.submit(_decode_into, slot, memoryview(image), decode))
-        batch.slots.append((rows, position))
+        position = 0
+        while position < len(image_rows):
+            device_batch = self.filling = self.filling or _DeviceBatch(self._take_pixels())
+            start = device_batch.num_images
+            count = min(_DECODING_CHUNK, self.scorer.batch_size - start, len(image_rows) - position)
+            chunk = [images[row].as_buffer() for row in image_rows[position : position + count]]
+            pixels = device_batch.pixels[start : start + count].numpy()
+            decoding = self.decoders.submit(
+                _decode_images, chunk, pixels, self.scorer.embedder.decode
+            )
+            device_batch.chunks.append(_Chunk(rows, position, count, decoding))
+            device_batch.num_images += count
+            position += count
+            if device_batch.num_images == self.scorer.batch_size:
+                self._launch(device_batch)
 
     def _take_pixels(self) -> torch.Tensor:
         if self.free_pixels:
             return self.free_pixels.pop()
-        embedder = self.scorer.embedder
-        shape = (embedder.batch_size, embedder.image_size, embedder.image_size, 3)
-        # zeros: the slot of an undecodable image is computed like any other and ignored
-        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.on_gpu)
+        size = self.scorer.embedder.image_size
+        shape = (self.scorer.batch_size, size, size, 3)
+        # zeros: the place of an undecodable image is computed like any other and ignored
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.scorer.on_gpu)
 
-    def _advance(self, keep_decoding: int) -> None:
-        """Launch the oldest batches until ``keep_decoding`` are left to decode."""
-        while len(self.decoding) > keep_decoding:
-            self._launch(self.decoding.popleft())
-            while len(self.computing) > 1:
-                self._finish(self.computing.popleft())
+    def _launch(self, batch: _DeviceBatch) -> None:
+        """Hand a batch to the computing threads, and wait until there is room for another."""
+        self.filling = None
+        batch.computing = self.computers.submit(self._compute, batch)
+        self.computing.append(batch)
+        while len(self.computing) > self.scorer.num_computing_threads + _DECODING_AHEAD:
+            self._finish(self.computing.popleft())
 
     def flush(self) -> None:
         """Finish everything that was added."""
-        self._advance(0)
+        if self.filling is not None:
+            self._launch(self.filling)
         while self.computing:
             self._finish(self.computing.popleft())
 
     def finished(self) -> Iterator[pa.RecordBatch]:
         """The metadata batches that are complete, in order."""
+        while self.computing and self.computing[0].computing.done():  # type: ignore[union-attr]
+            self._finish(self.computing.popleft())
         while self.waiting and self.waiting[0].num_done == len(self.waiting[0].image_rows):
             yield self._metadata(self.waiting.popleft())
 
-    def _launch(self, batch: _DeviceBatch) -> None:
-        for future, (rows, position) in zip(batch.futures, batch.slots, strict=True):
-            try:
-                future.result()
-            except OversizedImageError as exc:
-                rows.faults[position] = Status.IMAGE_OVERSIZED, str(exc)
-            except ImageError as exc:
-                rows.faults[position] = Status.IMAGE_UNDECODABLE, str(exc)
-        with torch.inference_mode():
-            embeddings = self._embed(batch.pixels[: len(batch.slots)])
-            batch.embeddings = self._to_host(embeddings)
-            batch.scores = [self._to_host(c.score(embeddings)) for c in self.scorer.classifiers]
-        if self.on_gpu:
-            batch.copied = torch.cuda.Event()
-            batch.copied.record(torch.cuda.current_stream(embeddings.device))
-        self.computing.append(batch)
+    def _compute(self, batch: _DeviceBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Embeddings float32 (N, D) and each classifier's scores float32 (N,), on the CPU."""
+        for chunk in batch.chunks:
+            chunk.decoding.result()  # `wait` would never hear that one was cancelled
+        with torch.inference_mode(), self._stream():
+            embeddings = self._embed(batch.pixels[: batch.num_images])
+            scores = [classifier.score(embeddings) for classifier in self.scorer.classifiers]
+            return embeddings.cpu(), [column.cpu() for column in scores]
+
+    def _stream(self) -> AbstractContextManager[Any]:
+        """This thread's own queue on the GPU."""
+        if not self.scorer.on_gpu:
+            return nullcontext()
+        if not hasattr(self.streams, "own"):
+            self.streams.own = torch.cuda.Stream(self.scorer.device)
+        return torch.cuda.stream(self.streams.own)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) → float32 (N, D) on the device.
@@ -228,45 +277,39 @@ class _Pipeline:
         is kept for all batches to come.
         """
         while True:
+            pieces = pixels.split(self.scorer.fitting_batch_size)
             try:
-                pieces = [
-                    self.tower(piece.to(self.scorer.device, non_blocking=True))
-                    for piece in pixels.split(self.scorer.fitting_batch_size)
-                ]
-                return torch.cat(pieces)
+                return torch.cat(
+                    [self.tower(p.to(self.scorer.device, non_blocking=True)) for p in pieces]
+                )
             except torch.cuda.OutOfMemoryError:
-                if self.scorer.fitting_batch_size == 1:
+                tried = len(pieces[0])
+                if tried == 1:
                     raise
-                self.scorer.fitting_batch_size = (self.scorer.fitting_batch_size + 1) // 2
+                fitting = min(self.scorer.fitting_batch_size, (tried + 1) // 2)
+                self.scorer.fitting_batch_size = fitting
                 _log.warning(
                     "%s has no memory for a batch of %d images, going on with %d",
-                    self.scorer.device, len(pixels), self.scorer.fitting_batch_size,
+                    self.scorer.device, tried, fitting,
                 )  # fmt: skip
                 torch.cuda.empty_cache()
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the CPU that, from a GPU, is complete only once the batch's event is."""
-        if not self.on_gpu:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-
     def _finish(self, batch: _DeviceBatch) -> None:
-        if batch.copied is not None:
-            batch.copied.synchronize()
-        assert batch.embeddings is not None
-        embeddings = batch.embeddings.numpy()
-        scores = [column.numpy() for column in batch.scores]
+        """Give the rows of a batch their results."""
+        assert batch.computing is not None
+        embeddings, scores = batch.computing.result()
         start = 0
-        while start < len(batch.slots):
-            rows, position = batch.slots[start]
-            count = min(len(rows.image_rows) - position, len(batch.slots) - start)
-            here, there = slice(start, start + count), slice(position, position + count)
-            rows.embeddings[there] = embeddings[here]
+        for chunk in batch.chunks:
+            rows, first = chunk.rows, chunk.first_position
+            here = slice(start, start + chunk.num_images)
+            there = slice(first, first + chunk.num_images)
+            rows.embeddings[there] = embeddings[here].numpy()
             for column, values in zip(rows.scores, scores, strict=True):
-                column[there] = values[here]
-            rows.num_done += count
-            start += count
+                column[there] = values[here].numpy()
+            for position, status, message in chunk.decoding.result():
+                rows.faults[first + position] = status, message
+            rows.num_done += chunk.num_images
+            start += chunk.num_images
         self.free_pixels.append(batch.pixels)
 
     def _metadata(self, rows: _Rows) -> pa.RecordBatch:
@@ -303,8 +346,19 @@ class _Pipeline:
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _decode_into(slot: npt.NDArray[np.uint8], image: memoryview, decode: Decode) -> None:
-    slot[:] = decode_image(image, slot.shape[0], decode=decode)
+def _decode_images(
+    images: Sequence[pa.Buffer], pixels: npt.NDArray[np.uint8], decode: Decode
+) -> list[_Fault]:
+    """Decode N images into uint8 (N, S, S, 3); tells which could not be."""
+    faults: list[_Fault] = []
+    for position, image in enumerate(images):
+        try:
+            pixels[position] = decode_image(memoryview(image), pixels.shape[1], decode=decode)
+        except OversizedImageError as exc:
+            faults.append((position, Status.IMAGE_OVERSIZED, str(exc)))
+        except ImageError as exc:
+            faults.append((position, Status.IMAGE_UNDECODABLE, str(exc)))
+    return faults
 
 
 def _embedding_array(

@@ -201,18 +201,19 @@ def test_decoding_runs_ahead_but_not_away(shards, embedder):
                 asked += batch.num_rows
                 yield batch
 
-    rows = Scorer(embedder, device="cpu").score(endless())
+    scorer = Scorer(embedder, device="cpu")
+    bound = (scorer.num_computing_threads + 4) * scorer.batch_size
+    rows = scorer.score(endless())
     done = 0
     for _ in range(30):
         done += next(rows).num_rows
         time.sleep(0.001)
-        assert asked - done <= 5 * embedder.batch_size
+        assert asked - done <= bound
     rows.close()
 
 
-@pytest.mark.parametrize("fitting", [1, 3, 10])
+@pytest.mark.parametrize("fitting", [1, 3, 6])
 def test_a_batch_that_does_not_fit_into_memory_is_halved(shards, embedder, expected, fitting):
-    embedder.batch_size = 16
     scorer = Scorer(embedder, device="cpu")
     tower = embedder.load_embedding_model("cpu")
     sizes = []
@@ -228,7 +229,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(shards, embedder, expec
     scores = [row[3] for row in expected]
     assert table["nsfw_score"].to_pylist() == [None if s is None else float(s) for s in scores]
     assert scorer.fitting_batch_size <= fitting < 2 * scorer.fitting_batch_size
-    assert sum(size > fitting for size in sizes) <= 4  # it is found once, not for each batch
+    # it is found once, by the threads that run into it together, not for each batch
+    assert sum(size > fitting for size in sizes) <= 3 * scorer.num_computing_threads
 
 
 def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
