@@ -39,6 +39,8 @@ from spark_nsfw.spark.reader import shard_paths
 from spark_nsfw.spark.udf import score_shards
 
 BATCH_SIZE = 64
+#: The smallest that timm has: on a GPU the tower takes nothing of the cores.
+TOWER = "test_vit"
 
 
 def plain_transform() -> Callable[[Any], torch.Tensor]:
@@ -58,7 +60,7 @@ def plain_transform() -> Callable[[Any], torch.Tensor]:
 def plain_models(detector: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     import timm
 
-    tower = timm.create_model("test_vit2", num_classes=768).eval()
+    tower = timm.create_model(TOWER, num_classes=768).eval()
     classifier = NsfwClassifier(model_path=detector).for_embedding_size(768).load_model("cpu")
     return tower, classifier
 
@@ -109,7 +111,7 @@ def main() -> None:
 
 def embedder(detector: str, threads: int) -> TimmImageEmbedder:
     return TimmImageEmbedder(
-        "test_vit2",
+        TOWER,
         embedding_size=768,
         batch_size=BATCH_SIZE,
         num_threads_per_worker=threads,

@@ -73,6 +73,7 @@ def decode_image(
         UndecodableImageError: pillow cannot read the file, or not to its end.
         OversizedImageError: more than ``max_pixels``.
     """
+    image_bytes = memoryview(image_bytes).cast("B")  # Arrow's are signed, simplejpeg refuses those
     if decode == "fast":
         pixels = _decode_jpeg_fast(image_bytes, size, max_pixels)
         if pixels is not None:
@@ -112,7 +113,7 @@ def _check_size(width: int, height: int, size: int, max_pixels: int) -> None:
 
 
 def _decode_jpeg_fast(
-    image_bytes: bytes | memoryview, size: int, max_pixels: int
+    image_bytes: memoryview, size: int, max_pixels: int
 ) -> npt.NDArray[np.uint8] | None:
     """A colour JPEG by libjpeg-turbo; None for what this does not read.
 

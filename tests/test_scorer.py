@@ -181,6 +181,16 @@ def test_an_error_of_the_source_comes_through_and_stops_the_threads(shards, embe
     assert threading.active_count() == before
 
 
+def test_jpegs_take_the_fast_way(shards, embedder, monkeypatch):
+    def pillow(*_):
+        raise AssertionError("a colour JPEG went to pillow")
+
+    monkeypatch.setattr("spark_nsfw.pixels.Image.open", pillow)
+    batches = iter_sample_batches(all_shards(shards)[:2], SampleOptions())
+    table = pa.Table.from_batches(Scorer(embedder, device="cpu").score(batches))
+    assert table["status"].to_pylist() == ["ok"] * 22
+
+
 def test_an_error_in_a_decoding_thread_is_the_tasks_error_not_a_hang(shards, embedder, monkeypatch):
     def out_of_memory(*_, **__):
         raise MemoryError("no room")
