@@ -57,9 +57,11 @@ def main() -> None:
             shutil.rmtree(output)
         directory = Path(folder) / "many"
         for index in range(options.planned):
+            below = directory / f"{index // 1000:03}"
             if index % 1000 == 0:
-                (directory / f"{index // 1000:03}").mkdir(parents=True)
-            os.link(shard, directory / f"{index // 1000:03}" / f"{index:06}.tar")
+                below.mkdir(parents=True)
+                shutil.copyfile(shard, below / "original")  # a file has 65,000 links at most
+            os.link(below / "original", below / f"{index:06}.tar")
         started = time.perf_counter()
         assert len(list_shards(spark, ShardInputs.parse(str(directory)))) == options.planned
         seconds = time.perf_counter() - started

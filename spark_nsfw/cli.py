@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from spark_nsfw.errors import InputError, SparkNsfwError
+from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
+
+if TYPE_CHECKING:
+    from spark_nsfw.spark.summary import Summary
 
 __all__ = ["main"]
+
+#: Exit statuses, besides 0 for done.
+_FAILED, _BAD_ARGUMENTS, _TOO_MANY_FAILED, _STOPPED = 1, 2, 3, 4
 
 _DEFAULT_MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad arguments."""
+    """Run one command; returns the exit status.
+
+    0: done. 1: failed. 2: bad arguments. 3: ``score`` is done, but more samples than
+    ``--max-failed`` failed or a shard was set aside. 4: stopped.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
     except SparkNsfwError as exc:
         print(f"spark-nsfw: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, InputError) else 1
+        if isinstance(exc, JobStoppedError):
+            return _STOPPED
+        return _BAD_ARGUMENTS if isinstance(exc, InputError) else _FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
         "and write Parquet metadata partitioned by shard. A run that was stopped continues "
         "where it was when it is started again.",
+        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples than "
+        "--max-failed failed or a shard was set aside; 4 stopped, the same command goes on.",
     )
     _add_score_arguments(score)
     score.set_defaults(run=_score)
@@ -149,8 +167,47 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--shards-per-wave",
         type=int,
-        default=256,
-        help="shards written together: what a kill can cost (default: %(default)s)",
+        metavar="N",
+        help="shards written together: what a kill can cost (default: 32 for each task that "
+        "runs at a time, at least 256)",
+    )
+
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete the output and start anew; asks first",
+    )
+    run.add_argument("--yes", action="store_true", help="do not ask before deleting")
+    run.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on with an output that other models or another version began",
+    )
+    run.add_argument(
+        "--max-failed",
+        type=_limit,
+        metavar="N|P%",
+        help="exit with status 3 when more samples of the output failed, a number or a share",
+    )
+    run.add_argument(
+        "--watch",
+        action="store_true",
+        help="keep running and score shards as they arrive, until stopped (Ctrl-C, SIGTERM)",
+    )
+    run.add_argument(
+        "--settle-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="with --watch, read a shard once it has not changed for so long "
+        "(default: %(default)s)",
+    )
+    run.add_argument(
+        "--progress",
+        choices=["auto", "lines", "json"],
+        default="auto",
+        help="on stderr: a live line on a terminal, else a line or a JSON object per wave",
     )
 
     rows = parser.add_argument_group("rows")
@@ -183,7 +240,7 @@ def _score(options: argparse.Namespace) -> int:
     from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.inputs import ShardInputs
     from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
-    from spark_nsfw.spark.job import JobOptions, run_job
+    from spark_nsfw.spark.job import JobOptions, delete_output, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.spark.udf import settled
 
@@ -212,6 +269,10 @@ def _score(options: argparse.Namespace) -> int:
         columns=_names(options.columns),
         keep_embeddings=options.embeddings,
         device=options.device,
+        allow_changes=options.allow_changes,
+        watch=options.watch,
+        settle_seconds=options.settle_seconds,
+        progress=options.progress,
         samples=SampleOptions(
             image_extensions=IMAGE_EXTENSIONS if extensions is None else extensions,
             captions=options.captions,
@@ -220,8 +281,72 @@ def _score(options: argparse.Namespace) -> int:
     )
     inputs = ShardInputs.parse(options.input)
     settled(embedder, None)  # weights that cannot be had are told before Spark starts
-    summary = run_job(active_or_local_session(), inputs, options.output, embedder, options=job)
+    spark = active_or_local_session()
+    if options.overwrite:
+        if not options.yes:
+            _ask(f"Delete {options.output} and score everything anew?")
+        delete_output(spark, options.output)
+    with _stop_at_signals() as stop:
+        summary = run_job(spark, inputs, options.output, embedder, options=job, stop=stop)
     print(summary)
+    return _status_of(summary, options.max_failed)
+
+
+def _ask(question: str) -> None:
+    """Go on only if a person says yes."""
+    if not sys.stdin.isatty():
+        raise InputError(f"{question} There is nobody to ask; say --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise InputError("nothing was deleted")
+
+
+@contextmanager
+def _stop_at_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second one ends the process at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread can listen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: object) -> None:
+        print("spark-nsfw: stopping; once more ends it at once", file=sys.stderr, flush=True)
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _limit(text: str) -> float | int:
+    """``12`` → 12 samples, ``1.5%`` → a share of 0.015."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return int(text)
+
+
+def _status_of(summary: Summary, max_failed: float | int | None) -> int:
+    failed = summary.num_samples - summary.num_scored
+    limit = max_failed * summary.num_samples if isinstance(max_failed, float) else max_failed
+    if limit is not None and failed > limit:
+        print(
+            f"spark-nsfw: {failed:,} of {summary.num_samples:,} samples failed, "
+            f"more than --max-failed",
+            file=sys.stderr,
+        )
+        return _TOO_MANY_FAILED
+    if summary.num_crashed_shards:
+        print(
+            f"spark-nsfw: {summary.num_crashed_shards:,} shards were set aside: every worker that "
+            "read them died; see the rows with status shard_crashed",
+            file=sys.stderr,
+        )
+        return _TOO_MANY_FAILED
     return 0
 
 

@@ -16,6 +16,7 @@
     │   ├── UndecodableImageError       the bytes are no image that pillow opens
     │   └── OversizedImageError         the image is larger than the limit
     └── JobError                        the job cannot go on; what is written stays valid
+        └── JobStoppedError             somebody stopped it
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "ImageError",
     "InputError",
     "JobError",
+    "JobStoppedError",
     "OversizedImageError",
     "ShardError",
     "ShardTruncatedError",
@@ -92,3 +94,7 @@ class OversizedImageError(ImageError):
 
 class JobError(SparkNsfwError):
     """The job cannot go on; what it has written stays valid."""
+
+
+class JobStoppedError(JobError):
+    """Somebody stopped the job; the next run goes on from there."""

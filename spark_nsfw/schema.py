@@ -39,7 +39,7 @@ CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)
 
 
 class Status(str, Enum):
-    """What became of a sample or, in the last three, of its shard."""
+    """What became of a sample or, in the last four, of its shard."""
 
     OK = "ok"
     IMAGE_MISSING = "image_missing"
@@ -53,6 +53,7 @@ class Status(str, Enum):
     KEY_REPEATED = "key_repeated"
     SHARD_UNREADABLE = "shard_unreadable"
     SHARD_TRUNCATED = "shard_truncated"
+    SHARD_CRASHED = "shard_crashed"
     SIDECAR_UNREADABLE = "sidecar_unreadable"
 
     @property

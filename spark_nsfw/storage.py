@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "open_input", "resolve"]
+__all__ = ["expand_braces", "open_input", "resolve", "write_text"]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -69,6 +69,18 @@ def open_input(url: str) -> BinaryIO:
     local = isinstance(filesystem, fs.LocalFileSystem)
     raw = filesystem.open_input_file(path)
     return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+
+
+def write_text(url: str, text: str) -> None:
+    """Write a small file, in UTF-8; its directory must be there.
+
+    Raises:
+        OSError: it cannot be written.
+        InputError: no filesystem for this kind of URL.
+    """
+    filesystem, path = resolve(url)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(text.encode())
 
 
 def expand_braces(pattern: str) -> list[str]:

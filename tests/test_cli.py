@@ -14,7 +14,7 @@ def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys
     status = main(["score", *arguments(shards / "00000.tar", tmp_path / "out", detector_path),
                    "--plan=fused", "--captions", "--columns=", "--no-embeddings"])  # fmt: skip
     assert status == 0
-    assert "11 samples in 1 shards: 11 scored, 0 failed" in capsys.readouterr().out
+    assert "11 samples in 1 shard: 11 scored, 0 failed" in capsys.readouterr().out
     assert spark.read.parquet(str(tmp_path / "out")).columns == [
         "key", "caption", "status", "error_message", "nsfw_score", "shard",
     ]  # fmt: skip

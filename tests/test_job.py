@@ -112,7 +112,7 @@ def test_the_summary_says_what_a_person_wants_to_know(finished, core_rows):  # n
     ]:  # fmt: skip
         assert part in text
     assert len(lines) == 3
-    assert "5 shards done in this run, 5 in the input" in lines[-1]
+    assert "5 of 5 shards done; this run: " in lines[-1]
 
 
 def files_of(output: Path):

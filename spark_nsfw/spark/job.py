@@ -4,33 +4,35 @@ Spark's file source lists the shards without reading them, ``availableNow`` runs
 until the last one, each micro-batch is a wave of shards that is scored and written
 over its own partitions, and the checkpoint makes a rerun continue where a kill
 stopped it and take only new shards after that. A wave that is replayed overwrites
-what it wrote before, so no row is lost and none doubled.
+what it wrote before, so no row is lost and none doubled. In the end every shard that
+was listed and has no rows is read once more, so that one which vanished has a row too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-from pyspark.errors import StreamingQueryException
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
-from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.errors import InputError, JobError, JobStoppedError, SparkNsfwError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.provenance import provenance
 from spark_nsfw.samples import SampleOptions
-from spark_nsfw.schema import SHARD, STATUS, Status
+from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
+from spark_nsfw.spark.progress import Progress, ProgressStyle
 from spark_nsfw.spark.reader import (
     SHARD_SOURCE_OPTIONS,
     list_shards,
@@ -40,6 +42,7 @@ from spark_nsfw.spark.reader import (
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import arrow_fields
 from spark_nsfw.spark.udf import score_samples, score_shards, settled
+from spark_nsfw.spark.waves import reason, write_apart
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
@@ -49,6 +52,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
+from spark_nsfw.storage import write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -57,10 +61,35 @@ _STATE = "_spark_nsfw"
 
 _BINARY_FILE = "path string, modificationTime timestamp, length long, content binary"
 
-_SETTINGS = {
-    # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
-    "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
-}
+#: Shards in a wave for each task that runs at a time, at least. The end of a wave leaves a
+#: slot idle for half a shard on average: with this many, for less than two per cent.
+_SHARDS_PER_SLOT = 32
+_MIN_SHARDS_PER_WAVE = 256
+
+#: Tasks that a slot gets in a wave, so that slow shards do not queue behind each other.
+_TASKS_PER_SLOT = 8
+
+#: Seconds between two looks at whether to stop.
+_STOP_POLL_SECONDS = 1
+
+
+def _settings(spark: SparkSession) -> dict[str, str]:
+    slots = num_slots(spark)
+    return {
+        # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
+        "spark.sql.files.minPartitionNum": str(_TASKS_PER_SLOT * slots),
+        # By default Spark looks up every shard of a wave in a task of its own.
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(slots),
+        # A shard that vanishes would fail its wave; it gets its row in the end.
+        "spark.sql.files.ignoreMissingFiles": "true",
+    }
+
+
+def num_slots(spark: SparkSession) -> int:
+    """Tasks that run at a time."""
+    cores_per_task = int(spark.conf.get("spark.task.cpus", "1") or 1)
+    return max(1, spark.sparkContext.defaultParallelism // cores_per_task)
 
 
 @dataclass(frozen=True)
@@ -71,19 +100,28 @@ class JobOptions:
         plan: ``dataframe`` passes images through Spark, ``fused`` reads and scores in
             one Python worker; the rows are the same.
         shards_per_wave: shards that are scored and written together: what a kill can
-            cost, and how often progress is saved.
+            cost, and how often progress is saved. None takes 32 for each task that runs
+            at a time, and at least 256.
         columns: which of the dataset's own columns to keep; None keeps all, () none.
         keep_embeddings: whether the output has the embedding column.
         device: a torch device; by default the task's GPU if there is one.
         samples: how shards become rows; its ``passthrough`` is settled by the job.
+        allow_changes: go on with an output that other models or another version began.
+        watch: keep running, and score shards as they arrive, until stopped.
+        settle_seconds: with ``watch``, a shard is read once it has not changed for so long.
+        progress: how the run tells what it does, see `spark_nsfw.spark.progress.Progress`.
     """
 
     plan: str = "dataframe"
-    shards_per_wave: int = 256
+    shards_per_wave: int | None = None
     columns: Sequence[str] | None = None
     keep_embeddings: bool = True
     device: str | None = None
     samples: SampleOptions = field(default_factory=SampleOptions)
+    allow_changes: bool = False
+    watch: bool = False
+    settle_seconds: float = 30.0
+    progress: ProgressStyle = "auto"
 
     def describe(self) -> dict[str, Any]:
         """What decides which rows and columns come out, as plain JSON types."""
@@ -105,6 +143,7 @@ def run_job(
     classifiers: Sequence[ImageClassifier] | None = None,
     options: JobOptions | None = None,
     report: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> Summary:
     """Score every shard that the output does not have yet.
 
@@ -116,96 +155,247 @@ def run_job(
         classifiers: applied to its embeddings; None takes the embedder's own.
         options: how the run goes.
         report: is given lines of progress; by default they go to stderr.
+        stop: when set, the run ends; the wave under way is scored anew by the next run.
 
     Returns:
-        What the whole output holds, earlier runs included.
+        What the whole output holds, earlier runs included. The same is written as JSON to
+        ``_spark_nsfw/summary.json`` in the output.
 
     Raises:
         InputError: nothing to read, or arguments that cannot work.
         JobError: the output was made with other weights or columns, or Spark failed.
+        JobStoppedError: ``stop`` was set before all shards were done.
     """
     options = options or JobOptions()
+    stop = stop or threading.Event()
     if options.plan not in ("dataframe", "fused"):
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
-    if options.shards_per_wave < 1:
+    if options.shards_per_wave is not None and options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
     output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
-    shards = list_shards(spark, inputs)
-    embedder = embedder.with_precision_of(device_kind(spark, options.device))
-    chosen = settled(embedder, classifiers)
-    note = provenance(embedder, chosen) | {"rows": options.describe()}
+    with session_settings(spark, _settings(spark)):
+        shards = _first_shards(spark, inputs, options, stop)
+        embedder = embedder.with_precision_of(device_kind(spark, options.device))
+        chosen = settled(embedder, classifiers)
+        note = provenance(embedder, chosen) | {"rows": options.describe()}
 
-    existing = _existing_schema(spark, output)
-    if existing is None:
-        passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
-    else:
-        _refuse_another_note(output, read_provenance(existing) or {}, note)
-        passthrough = _passthrough_of(existing, options, embedder, chosen)
-    samples = replace(options.samples, passthrough=passthrough)
+        existing = _existing_schema(spark, output)
+        if existing is None:
+            passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
+        else:
+            _refuse_another_note(output, read_provenance(existing) or {}, note, options)
+            passthrough = _passthrough_of(existing, options, embedder, chosen)
+        job = _Job(
+            spark, inputs, output, embedder, chosen, note,
+            replace(options, samples=replace(options.samples, passthrough=passthrough)), stop,
+            Progress(len(shards), _num_partitions(spark, output), options.progress, report),
+            {inputs.shard_name(path): path for path in shards},
+        )  # fmt: skip
+        if existing is None:
+            job.begin_output()
+        job.progress.watch(spark.sparkContext)
+        try:
+            job.run_stream()
+            job.read_rowless_shards()
+        finally:
+            job.progress.finish()
+        if not job.progress.num_waves:
+            job.progress.say(f"nothing to do: all {len(shards):,} shards were scored before")
+        columns = [classifier.pred_column for classifier in chosen]
+        summary = replace(
+            summarize(spark.read.parquet(output), output, columns),
+            provenance=note,
+            num_new_images=job.progress.num_images,
+            seconds=job.progress.seconds,
+        )
+    write_text(f"{output.rstrip('/')}/{_STATE}/summary.json", json.dumps(asdict(summary), indent=2))
+    return summary
 
-    def score(paths: DataFrame) -> DataFrame:
+
+def _first_shards(
+    spark: SparkSession, inputs: ShardInputs, options: JobOptions, stop: threading.Event
+) -> list[str]:
+    """The shards that are there; with ``watch``, as soon as there is one."""
+    while True:
+        try:
+            return list_shards(spark, inputs)
+        except InputError:
+            if not options.watch or stop.wait(_STOP_POLL_SECONDS):
+                raise
+
+
+@dataclass
+class _Job:
+    """What the waves of a run share."""
+
+    spark: SparkSession
+    inputs: ShardInputs
+    output: str
+    embedder: TimmImageEmbedder
+    classifiers: list[ImageClassifier]
+    note: dict[str, Any]
+    options: JobOptions
+    stop: threading.Event
+    progress: Progress
+    path_of_shard: dict[str, str]
+
+    def begin_output(self) -> None:
+        """Write the partition without rows.
+
+        Raises:
+            JobError: the output cannot be written.
+        """
+        try:
+            write_schema(self._score(self._paths([])), self.output)
+        except PySparkException as exc:
+            raise JobError(f"{self.output} cannot be written: {reason(exc)}") from exc
+
+    def run_stream(self) -> None:
+        """Write every shard that has not been written yet, wave by wave.
+
+        Raises:
+            JobError: a wave failed.
+            JobStoppedError: the run was stopped.
+        """
+        failures: list[BaseException] = []
+
+        def write_wave(paths: DataFrame, _: int) -> None:
+            try:
+                self._write_wave(paths)
+            except BaseException as exc:  # the query would tell it as a text of many pages
+                failures.append(exc)
+                raise
+
+        per_wave = self.options.shards_per_wave or max(
+            _MIN_SHARDS_PER_WAVE, _SHARDS_PER_SLOT * num_slots(self.spark)
+        )
+        checkpoint = f"{self.output.rstrip('/')}/{_STATE}/checkpoint"
+        stream = (
+            self.spark.readStream.format("binaryFile")
+            .schema(_BINARY_FILE)
+            .options(**SHARD_SOURCE_OPTIONS)
+            .option("maxFilesPerTrigger", per_wave)
+            .option("maxFileAge", "100000d")  # old shards count as much as new ones
+            .load(self.inputs.glob)
+            .select("path", "modificationTime")
+        )
+        writer = stream.writeStream.foreachBatch(write_wave)
+        trigger: dict[str, Any] = (
+            {"processingTime": "5 seconds"} if self.options.watch else {"availableNow": True}
+        )
+        writer = writer.option("checkpointLocation", checkpoint).trigger(**trigger)
+        query = None
+        try:
+            query = writer.start()
+            while not query.awaitTermination(_STOP_POLL_SECONDS):
+                if self.stop.is_set():
+                    break
+        except PySparkException as exc:
+            cause = failures[0] if failures else exc
+            if self.stop.is_set():
+                pass  # it stopped in the middle of a wave
+            elif isinstance(cause, SparkNsfwError):
+                raise cause from exc
+            elif failures:
+                raise JobError(
+                    f"a wave of shards failed, run again to resume: {reason(cause)}"
+                ) from cause
+            else:
+                raise JobError(
+                    f"the stream of shards failed: {reason(exc)}. If its checkpoint is damaged, "
+                    f"delete {checkpoint} and run again: all shards are then scored anew"
+                ) from exc
+        finally:
+            if query is not None:
+                query.stop()
+        if self.stop.is_set() and not self.options.watch:
+            raise JobStoppedError(
+                f"stopped after {self.progress.num_shards_done:,} shards in this run; "
+                "the same command goes on from there"
+            )
+
+    def read_rowless_shards(self) -> None:
+        """Read shards again that were listed and have no rows: empty ones, or vanished ones."""
+        if self.stop.is_set():
+            return
+        metadata = self.spark.read.parquet(self.output)
+        written = {row[SHARD] for row in metadata.select(SHARD).distinct().collect()}
+        rowless = [path for name, path in self.path_of_shard.items() if name not in written]
+        if rowless:
+            num_by_status = self._write(self._paths(rowless))
+            if num_by_status:
+                self.progress.add(0, num_by_status)
+
+    def _write_wave(self, shards: DataFrame) -> None:
+        rows = shards.collect()
+        paths = [row["path"] for row in rows]
+        self._remember(paths)
+        if self.options.watch:
+            self._wait_until_settled(max(row["modificationTime"].timestamp() for row in rows))
+        whole = shards.select("path")
+        counts = write_apart(
+            paths,
+            lambda part: self._write(whole if len(part) == len(paths) else self._paths(part)),
+            self._set_aside,
+        )
+        self.progress.add(len(paths), sum(counts, Counter()))
+
+    def _remember(self, paths: Sequence[str]) -> None:
+        """Refuse a shard that came later and would replace another one's rows."""
+        for path in paths:
+            known = self.path_of_shard.setdefault(self.inputs.shard_name(path), path)
+            if known != path:
+                self.inputs.check([known, path])
+
+    def _wait_until_settled(self, last_change: float) -> None:
+        """Wait until the newest shard of a wave has not changed for a while."""
+        while not self.stop.is_set():
+            left = last_change + self.options.settle_seconds - time.time()
+            if left <= 0:
+                return
+            self.stop.wait(left)
+
+    def _score(self, paths: DataFrame) -> DataFrame:
+        options = self.options
         how: dict[str, Any] = {
             "device": options.device,
             "keep_embeddings": options.keep_embeddings,
         }
+        models = self.embedder, self.classifiers
         if options.plan == "fused":
-            scored = score_shards(paths, inputs, samples, embedder, chosen, **how)
+            scored = score_shards(paths, self.inputs, options.samples, *models, **how)
         else:
-            scored = score_samples(read_samples(paths, inputs, samples), embedder, chosen, **how)
-        return with_provenance(scored, _result_columns(embedder, chosen), note)
+            samples = read_samples(paths, self.inputs, options.samples)
+            scored = score_samples(samples, *models, **how)
+        return with_provenance(scored, _result_columns(*models), self.note)
 
-    report = report or partial(print, file=sys.stderr)
-    progress = _Progress(len(shards), report)
-
-    def write_wave(paths: DataFrame, wave: int) -> None:
+    def _write(self, paths: DataFrame) -> Counter[str]:
+        """Write the rows of some shards; rows by status."""
         observation = Observation()
         counts = [F.count_if(F.col(STATUS) == s.value).alias(s.value) for s in Status]
-        write_metadata(score(paths).observe(observation, *counts), output)
-        progress.add(wave, paths.count(), observation.get)
+        write_metadata(self._score(paths).observe(observation, *counts), self.output)
+        return +Counter(observation.get)
 
-    with session_settings(spark, _SETTINGS):
-        if existing is None:
-            write_schema(score(spark.createDataFrame([], "path string")), output)
-        started = time.monotonic()
-        _run_stream(spark, inputs, output, options.shards_per_wave, write_wave)
-        seconds = time.monotonic() - started
-    if not progress.num_shards_done:
-        report(f"nothing to do: all {len(shards):,} shards were scored before")
+    def _set_aside(self, path: str, error: str) -> Counter[str]:
+        """Write one row for a shard that kills its worker."""
+        rows = self._score(self._paths([]))
+        row = {
+            SHARD: self.inputs.shard_name(path),
+            STATUS: Status.SHARD_CRASHED.value,
+            ERROR_MESSAGE: f"every worker that read it died: {error}",
+        }
+        values = tuple(row.get(name) for name in rows.columns)
+        crashed = self.spark.createDataFrame([values], rows.schema)
+        write_metadata(
+            with_provenance(crashed, _result_columns(self.embedder, self.classifiers), self.note),
+            self.output,
+        )
+        self.progress.say(f"set aside {path}: {error}")
+        return Counter({Status.SHARD_CRASHED.value: 1})
 
-    columns = [classifier.pred_column for classifier in chosen]
-    summary = summarize(spark.read.parquet(output), output, columns)
-    return replace(summary, provenance=note, num_new_images=progress.num_images, seconds=seconds)
-
-
-def _run_stream(
-    spark: SparkSession,
-    inputs: ShardInputs,
-    output: str,
-    shards_per_wave: int,
-    write_wave: Callable[[DataFrame, int], None],
-) -> None:
-    """Hand every shard that has not been written yet to ``write_wave``, once."""
-    stream = (
-        spark.readStream.format("binaryFile")
-        .schema(_BINARY_FILE)
-        .options(**SHARD_SOURCE_OPTIONS)
-        .option("maxFilesPerTrigger", shards_per_wave)
-        .option("maxFileAge", "100000d")  # old shards count as much as new ones
-        .load(inputs.glob)
-        .select("path")
-    )
-    query = (
-        stream.writeStream.foreachBatch(write_wave)
-        .option("checkpointLocation", f"{output.rstrip('/')}/{_STATE}/checkpoint")
-        .trigger(availableNow=True)
-        .start()
-    )
-    try:
-        query.awaitTermination()
-    except StreamingQueryException as exc:
-        raise JobError(f"a wave of shards failed; run again to resume: {exc}") from exc
-    finally:
-        query.stop()
+    def _paths(self, paths: Sequence[str]) -> DataFrame:
+        rows = self.spark.createDataFrame([(path,) for path in paths], "path string")
+        return rows.repartition(min(max(len(paths), 1), _TASKS_PER_SLOT * num_slots(self.spark)))
 
 
 def _result_columns(
@@ -225,13 +415,18 @@ def _passthrough_of(
     return tuple(field for field in arrow_fields(existing) if field.name not in ours)
 
 
-def _refuse_another_note(output: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _refuse_another_note(
+    output: str, before: dict[str, Any], now: dict[str, Any], options: JobOptions
+) -> None:
     """Refuse to mix rows that were made in different ways in one output."""
     changed = sorted(_differences(before, now, ""))
+    if options.allow_changes:
+        changed = sorted(_differences(before.get("rows"), now.get("rows"), "rows"))
     if changed:
         raise JobError(
             f"{output} was made in another way: {'; '.join(changed)}. "
-            "Give another output, or delete this one to start anew"
+            "Give another output, or --overwrite to start anew"
+            + ("" if options.allow_changes else ", or --allow-changes to mix both")
         )
 
 
@@ -246,37 +441,33 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
     """The columns of an output that an earlier run has begun, or None."""
     schema_partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
-    jvm: Any = spark._jvm  # Spark itself logs a stack trace for a path that is not there
-    path = jvm.org.apache.hadoop.fs.Path(f"{schema_partition}/_SUCCESS")
-    if not path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf()).exists(path):
-        return None
-    return spark.read.parquet(schema_partition).schema
+    filesystem, path = _hadoop(spark, f"{schema_partition}/_SUCCESS")
+    # Spark itself logs a stack trace for a path that is not there.
+    return spark.read.parquet(schema_partition).schema if filesystem.exists(path) else None
 
 
-class _Progress:
-    """Counts what the waves wrote, and tells.
+def _num_partitions(spark: SparkSession, output: str) -> int:
+    """How many shards have rows."""
+    filesystem, path = _hadoop(spark, f"{output.rstrip('/')}/{SHARD}=*")
+    return max(0, len(filesystem.globStatus(path) or []) - 1)  # one is the schema's
 
-    Args:
-        num_shards: that the inputs have, done or not.
-        report: is given a line per wave.
+
+def delete_output(spark: SparkSession, output: str) -> None:
+    """Delete an output and what is known of its progress.
+
+    Raises:
+        InputError: it is no output of this job.
     """
+    filesystem, path = _hadoop(spark, output)
+    if not filesystem.exists(path):
+        return
+    if _existing_schema(spark, output) is None:
+        raise InputError(f"{output} is no output of spark-nsfw, and is not deleted")
+    filesystem.delete(path, True)
 
-    def __init__(self, num_shards: int, report: Callable[[str], None]) -> None:
-        self.num_shards = num_shards
-        self.num_shards_done = 0
-        self.num_images = 0
-        self._started = time.monotonic()
-        self._report = report
 
-    def add(self, wave: int, num_shards: int, num_by_status: dict[str, int]) -> None:
-        """Count a wave that is written."""
-        self.num_shards_done += num_shards
-        num_rows = sum(num_by_status.values())
-        self.num_images += num_by_status[Status.OK.value]
-        seconds = time.monotonic() - self._started
-        self._report(
-            f"wave {wave}: {self.num_shards_done:,} shards done in this run, "
-            f"{self.num_shards:,} in the input; {num_by_status[Status.OK.value]:,} images scored, "
-            f"{num_rows - num_by_status[Status.OK.value]:,} rows failed; "
-            f"{self.num_images / seconds:,.1f} images/s"
-        )
+def _hadoop(spark: SparkSession, url: str) -> tuple[Any, Any]:
+    """Hadoop's filesystem of a URL, and its path there."""
+    jvm: Any = spark._jvm
+    path = jvm.org.apache.hadoop.fs.Path(url)
+    return path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf()), path

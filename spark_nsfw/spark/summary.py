@@ -64,12 +64,18 @@ class Summary:
         """Rows that stand for a shard, of which something could not be read."""
         return sum(self.num_by_status.values()) - self.num_samples
 
+    @property
+    def num_crashed_shards(self) -> int:
+        """Shards that were set aside because they killed every worker that read them."""
+        return self.num_by_status.get(Status.SHARD_CRASHED.value, 0)
+
     def __str__(self) -> str:
-        damaged = f"; {self.num_damaged_shards:,} shards damaged" if self.num_damaged_shards else ""
+        damaged = f"; {counted(self.num_damaged_shards, 'shard')} damaged"
         lines = [
-            f"{self.num_samples:,} samples in {self.num_shards:,} shards: "
+            f"{counted(self.num_samples, 'sample')} in {counted(self.num_shards, 'shard')}: "
             f"{self.num_scored:,} scored, "
-            f"{self.num_samples - self.num_scored:,} failed{damaged}",
+            f"{self.num_samples - self.num_scored:,} failed"
+            f"{damaged if self.num_damaged_shards else ''}",
             *(
                 f"  {status:<20} {count:>12,}"
                 for status, count in sorted(self.num_by_status.items(), key=lambda x: -x[1])
@@ -87,6 +93,11 @@ class Summary:
         lines.append(f"output    {self.output}")
         lines += weights_lines(self.provenance)
         return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def weights_lines(provenance: dict[str, Any]) -> list[str]:

@@ -1,0 +1,130 @@
+"""What a run tells while it goes on: a line for people, or JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+from pyspark import SparkContext
+
+from spark_nsfw.schema import Status
+
+__all__ = ["Progress", "ProgressStyle"]
+
+ProgressStyle = Literal["auto", "lines", "json"]
+
+#: Seconds between two looks at a wave under way.
+_REFRESH_SECONDS = 1.0
+
+
+class Progress:
+    """Counts what the waves wrote, and tells.
+
+    Args:
+        num_shards: that the inputs have.
+        num_shards_before: of these, done by earlier runs.
+        style: ``lines`` tells a line per wave, ``json`` a JSON object per wave; ``auto`` is
+            ``lines``, and on a terminal keeps a line about the wave under way below them.
+        report: is given the lines; by default they go to stderr.
+    """
+
+    def __init__(
+        self,
+        num_shards: int,
+        num_shards_before: int = 0,
+        style: ProgressStyle = "auto",
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self.num_shards = num_shards
+        self.num_shards_before = num_shards_before
+        self.num_shards_done = 0
+        self.num_waves = 0
+        self.num_by_status: Counter[str] = Counter()
+        self._style = style
+        self._report = report
+        self._live = style == "auto" and report is None and sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._finished = threading.Event()
+
+    @property
+    def num_images(self) -> int:
+        """Images scored."""
+        return self.num_by_status[Status.OK.value]
+
+    @property
+    def num_failed(self) -> int:
+        """Rows of another status."""
+        return self.num_by_status.total() - self.num_images
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.monotonic() - self._started
+
+    def add(self, num_shards: int, num_by_status: Counter[str]) -> None:
+        """Count a wave that is written, and tell."""
+        self.num_waves += 1
+        self.num_shards_done += num_shards
+        self.num_by_status += num_by_status
+        if self._style == "json":
+            self.say(json.dumps(self._record(num_shards, num_by_status)))
+        else:
+            self.say(f"wave {self.num_waves}: {self._sentence()}")
+
+    def say(self, line: str) -> None:
+        """Tell one line."""
+        if self._report is not None:
+            self._report(line)
+        else:
+            clear = "\r\x1b[K" if self._live else ""
+            print(f"{clear}{line}", file=sys.stderr, flush=True)
+
+    def _sentence(self) -> str:
+        done = self.num_shards_before + self.num_shards_done
+        left = ""
+        if self.num_shards_done and self.num_shards > done:
+            seconds = (self.num_shards - done) * self.seconds / self.num_shards_done
+            left = f", {timedelta(seconds=round(seconds))} left"
+        return (
+            f"{done:,} of {max(self.num_shards, done):,} shards done; this run: "
+            f"{self.num_images:,} images scored, {self.num_failed:,} rows failed, "
+            f"{self.num_images / self.seconds:,.1f} images/s{left}"
+        )
+
+    def _record(self, num_shards: int, num_by_status: Counter[str]) -> dict[str, Any]:
+        return {
+            "wave": self.num_waves,
+            "wave_shards": num_shards,
+            "wave_rows_by_status": dict(num_by_status),
+            "num_shards": max(self.num_shards, self.num_shards_before + self.num_shards_done),
+            "num_shards_done": self.num_shards_before + self.num_shards_done,
+            "num_images": self.num_images,
+            "num_failed": self.num_failed,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def watch(self, context: SparkContext) -> None:
+        """Keep a line about the wave under way on the terminal, until `finish`."""
+        if self._live:
+            threading.Thread(target=self._refresh, args=(context,), daemon=True).start()
+
+    def _refresh(self, context: SparkContext) -> None:
+        tracker = context.statusTracker()
+        while not self._finished.wait(_REFRESH_SECONDS):
+            stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+            tasks = [(s.numCompletedTasks, s.numTasks) for s in stages if s is not None]
+            done, total = (sum(column) for column in zip(*tasks, strict=True)) if tasks else (0, 0)
+            wave = f" | wave {self.num_waves + 1}: {done:,} of {total:,} tasks" if total else ""
+            print(f"\r\x1b[K{self._sentence()}{wave}", end="", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Take the live line away."""
+        self._finished.set()
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
