@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "open_input", "resolve", "write_text"]
+__all__ = ["expand_braces", "last_change", "open_input", "resolve", "write_text"]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -69,6 +70,16 @@ def open_input(url: str) -> BinaryIO:
     local = isinstance(filesystem, fs.LocalFileSystem)
     raw = filesystem.open_input_file(path)
     return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+
+
+def last_change(urls: Sequence[str]) -> float:
+    """When the newest of some files of one filesystem was changed, in Unix seconds.
+
+    Files that are not there do not count.
+    """
+    filesystem, _ = resolve(urls[0])
+    infos = filesystem.get_file_info([resolve(url)[1] for url in urls])
+    return max((info.mtime_ns / 1e9 for info in infos if info.mtime_ns), default=0.0)
 
 
 def write_text(url: str, text: str) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
@@ -52,7 +53,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import write_text
+from spark_nsfw.storage import last_change, write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -247,7 +248,7 @@ class _Job:
         """
         try:
             write_schema(self._score(self._paths([])), self.output)
-        except PySparkException as exc:
+        except (PySparkException, Py4JJavaError) as exc:
             raise JobError(f"{self.output} cannot be written: {reason(exc)}") from exc
 
     def run_stream(self) -> None:
@@ -277,7 +278,7 @@ class _Job:
             .option("maxFilesPerTrigger", per_wave)
             .option("maxFileAge", "100000d")  # old shards count as much as new ones
             .load(self.inputs.glob)
-            .select("path", "modificationTime")
+            .select("path")
         )
         writer = stream.writeStream.foreachBatch(write_wave)
         trigger: dict[str, Any] = (
@@ -290,7 +291,7 @@ class _Job:
             while not query.awaitTermination(_STOP_POLL_SECONDS):
                 if self.stop.is_set():
                     break
-        except PySparkException as exc:
+        except (PySparkException, Py4JJavaError) as exc:
             cause = failures[0] if failures else exc
             if self.stop.is_set():
                 pass  # it stopped in the middle of a wave
@@ -327,15 +328,13 @@ class _Job:
                 self.progress.add(0, num_by_status)
 
     def _write_wave(self, shards: DataFrame) -> None:
-        rows = shards.collect()
-        paths = [row["path"] for row in rows]
+        paths = [row["path"] for row in shards.collect()]
         self._remember(paths)
         if self.options.watch:
-            self._wait_until_settled(max(row["modificationTime"].timestamp() for row in rows))
-        whole = shards.select("path")
+            self._wait_until_settled(paths)
         counts = write_apart(
             paths,
-            lambda part: self._write(whole if len(part) == len(paths) else self._paths(part)),
+            lambda part: self._write(shards if len(part) == len(paths) else self._paths(part)),
             self._set_aside,
         )
         self.progress.add(len(paths), sum(counts, Counter()))
@@ -347,13 +346,11 @@ class _Job:
             if known != path:
                 self.inputs.check([known, path])
 
-    def _wait_until_settled(self, last_change: float) -> None:
-        """Wait until the newest shard of a wave has not changed for a while."""
-        while not self.stop.is_set():
-            left = last_change + self.options.settle_seconds - time.time()
-            if left <= 0:
-                return
-            self.stop.wait(left)
+    def _wait_until_settled(self, paths: Sequence[str]) -> None:
+        """Wait until no shard of a wave has changed for a while."""
+        left = self.options.settle_seconds
+        while left > 0 and not self.stop.wait(min(left, _STOP_POLL_SECONDS)):
+            left = last_change(paths) + self.options.settle_seconds - time.time()
 
     def _score(self, paths: DataFrame) -> DataFrame:
         options = self.options

@@ -51,7 +51,9 @@ def write_apart(
 def reason(error: BaseException) -> str:
     """What went wrong, in one line, out of Spark's pages of stack traces."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    causes = [line.partition(": ")[2] for line in lines if line.startswith("Caused by: ")]
-    python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b: ?\S", line)]
-    crash = [line for line in lines if _CRASH.search(line)]
-    return next(iter([*crash[-1:], *python[-1:], *causes[-1:], *lines[:1]]), repr(error))
+    # Python's own last word, then Java's innermost; a death says more than what came of it.
+    python = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): \S", line)]
+    java = [line for line in lines if re.match(r"(Caused by)?: [\w.$]+: \S", line)]
+    told = [line.split(": ", 2)[2] for line in java]
+    death = [line for line in (*told, *lines) if _CRASH.search(line)]
+    return next(iter([*death[:1], *python[-1:], *told[-1:], *lines[:1]]), repr(error))

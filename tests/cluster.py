@@ -1,0 +1,175 @@
+"""A session on Spark's local-cluster: executors that are processes, with a pretended GPU each.
+
+``python cluster.py DIRECTORY DETECTOR ROUNDS SEED`` runs what `test_cluster` asks for and prints
+JSON; it is a process of its own, since a process has one SparkContext.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyspark
+from pyspark import TaskContext
+from pyspark.sql import SparkSession
+
+from spark_nsfw import NsfwClassifier, TimmImageEmbedder
+from spark_nsfw.errors import JobError
+from spark_nsfw.inputs import ShardInputs
+from spark_nsfw.photographs import write_photograph_shards
+from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.workers import choose_device
+
+#: Gives every executor another address, as a machine with several GPUs would.
+DISCOVERY = """#!/bin/sh
+exec 9>>{counter}
+flock 9
+address=$(wc -l <{counter})
+echo taken >>{counter}
+printf '{{"name": "gpu", "addresses": ["%s"]}}\\n' "$address"
+"""
+
+
+def start(directory: Path) -> SparkSession:
+    script = directory / "discover.sh"
+    script.write_text(DISCOVERY.format(counter=directory / "addresses"))
+    script.chmod(0o755)
+    os.environ["SPARK_HOME"] = str(Path(pyspark.__file__).parent)
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    settings = {
+        "spark.ui.enabled": "false",
+        "spark.executor.memory": "1g",
+        "spark.worker.resource.gpu.amount": "1",
+        "spark.worker.resource.gpu.discoveryScript": str(script),
+        "spark.executor.resource.gpu.amount": "1",
+        "spark.task.resource.gpu.amount": "0.5",
+        "spark.task.maxFailures": "8",
+    }
+    builder = SparkSession.builder.master("local-cluster[2,2,1024]").appName("tests")
+    for name, value in settings.items():
+        builder = builder.config(name, value)
+    session = builder.getOrCreate()
+    session.sparkContext.setLogLevel("OFF")
+    return session
+
+
+class CountingClassifier(NsfwClassifier):
+    """Leaves a file for every model that is loaded for scoring."""
+
+    def load_model(self, device):
+        if TaskContext.get() is not None:
+            name = f"{os.getppid()}-{os.getpid()}-{time.monotonic_ns()}"
+            (self.directory / name).touch()
+        return super().load_model(device)
+
+
+def devices(spark: SparkSession) -> list[tuple[str, int]]:
+    """Each task's device and its daemon's process, which is one per executor."""
+
+    def tell(batches):
+        time.sleep(0.3)
+        for _ in batches:
+            yield pa.RecordBatch.from_arrays(
+                [pa.array([choose_device()]), pa.array([os.getppid()])], names=["device", "parent"]
+            )
+
+    rows = spark.range(8, numPartitions=8).mapInArrow(tell, "device string, parent long").collect()
+    return sorted({(row["device"], row["parent"]) for row in rows})
+
+
+def rows_of(spark: SparkSession, output: Path) -> list[str]:
+    """Every row as text, floats to the last bit, sorted."""
+    return sorted(spark.read.parquet(str(output)).toJSON().collect())
+
+
+def victims(kind: str) -> list[psutil.Process]:
+    """Python workers, or executors, of this process's cluster."""
+    below = psutil.Process().children(recursive=True)
+    found = []
+    for process in below:
+        try:
+            command = " ".join(process.cmdline())
+            if kind == "executor":
+                fits = "CoarseGrainedExecutorBackend" in command
+            else:
+                fits = "pyspark.daemon" in command and "pyspark.daemon" in " ".join(
+                    process.parent().cmdline()
+                )
+        except (psutil.NoSuchProcess, AttributeError):
+            continue
+        if fits:
+            found.append(process)
+    return found
+
+
+def kill_one(kind: str, delay: float, draw: random.Random, done: threading.Event) -> str:
+    """SIGKILL one of them after a delay, as soon as there is one."""
+    done.wait(delay)
+    while not done.is_set():
+        alive = victims(kind)
+        if alive:
+            victim = draw.choice(alive)
+            os.kill(victim.pid, signal.SIGKILL)
+            return f"{kind} {victim.pid} after {delay:.2f} s"
+        time.sleep(0.02)
+    return ""
+
+
+def main() -> None:
+    directory, detector = Path(sys.argv[1]), sys.argv[2]
+    num_rounds, draw = int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    spark = start(directory)
+    write_photograph_shards(directory / "in", num_shards=8, samples_per_shard=6)
+    inputs = ShardInputs.parse(str(directory / "in"))
+    classifier = CountingClassifier(model_path=detector)
+    classifier.directory = directory / "loads"
+    classifier.directory.mkdir()
+    embedder = TimmImageEmbedder("test_vit", embedding_size=768, classifiers=[classifier])
+
+    def run(output: Path, plan: str) -> None:
+        options = JobOptions(plan=plan, shards_per_wave=4, device="cpu")
+        run_job(spark, inputs, str(output), embedder, options=options, report=lambda _: None)
+
+    report = {"devices": devices(spark), "loads": {}, "rounds": [], "unequal": []}
+    for plan in ("dataframe", "fused"):
+        before = set(classifier.directory.iterdir())
+        run(directory / plan, plan)
+        new = [path.name.rsplit("-", 1)[0] for path in set(classifier.directory.iterdir()) - before]
+        report["loads"][plan] = sorted(new)
+    expected = rows_of(spark, directory / "fused")
+    report["num_rows"] = len(expected)
+    report["plans_agree"] = expected == rows_of(spark, directory / "dataframe")
+
+    for number in range(num_rounds):
+        kind, plan = ("worker", "executor")[number % 2], ("fused", "dataframe")[number // 2 % 2]
+        output = directory / f"round{number}"
+        done = threading.Event()
+        killed: list[str] = []
+        killer = threading.Thread(
+            target=lambda kind=kind, done=done, killed=killed: killed.append(
+                kill_one(kind, draw.uniform(0, 4), draw, done)
+            )
+        )
+        killer.start()
+        try:
+            run(output, plan)
+        except JobError as exc:
+            killed.append(f"needed a rerun: {exc}")
+            run(output, plan)
+        done.set()
+        killer.join()
+        report["rounds"].append(killed)
+        if rows_of(spark, output) != expected:
+            report["unequal"].append(number)
+    print("REPORT" + json.dumps(report))
+    spark.stop()
+
+
+if __name__ == "__main__":
+    main()
