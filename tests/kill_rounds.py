@@ -1,6 +1,6 @@
 """A session on Spark's local-cluster: executors that are processes, with a pretended GPU each.
 
-``python cluster.py DIRECTORY DETECTOR ROUNDS SEED`` runs what `test_cluster` asks for and prints
+``python kill_rounds.py DIRECTORY DETECTOR ROUNDS SEED`` runs what `test_kills` asks for and prints
 JSON; it is a process of its own, since a process has one SparkContext.
 """
 

@@ -29,7 +29,7 @@ def environment():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, detector_path):
     directory = tmp_path_factory.mktemp("cluster")
-    script = Path(__file__).with_name("cluster.py")
+    script = Path(__file__).with_name("kill_rounds.py")
     command = [sys.executable, str(script), str(directory), detector_path]
     done = subprocess.run(
         [*command, str(CLUSTER_ROUNDS), str(SEED)],
