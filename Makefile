@@ -2,13 +2,17 @@
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-rapids lint bench clean
 
 demo: $(VENV)/.ready
 	$(RUN)python jobs/demo.py demo
 
 test: $(VENV)/.ready
 	$(RUN)python -m pytest
+
+# What the RAPIDS plugin says of the job's plans; fetches the plugin, 1 GB, from Maven Central.
+test-rapids: $(VENV)/.ready
+	$(RUN)python -m pytest -m rapids tests/test_rapids.py
 
 bench: $(VENV)/.ready
 	for name in pixels plans memory scale fidelity; do \

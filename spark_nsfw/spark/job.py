@@ -20,8 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 from pyspark.errors import StreamingQueryException
-from pyspark.sql import DataFrame, Observation, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.classifiers import ImageClassifier
@@ -30,7 +29,7 @@ from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.provenance import provenance
 from spark_nsfw.samples import SampleOptions
-from spark_nsfw.schema import SHARD, STATUS, Status
+from spark_nsfw.schema import SHARD, Status
 from spark_nsfw.spark.reader import (
     SHARD_SOURCE_OPTIONS,
     list_shards,
@@ -43,6 +42,7 @@ from spark_nsfw.spark.udf import score_samples, score_shards, settled
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
+    count_statuses,
     read_provenance,
     session_settings,
     with_provenance,
@@ -158,10 +158,9 @@ def run_job(
     progress = _Progress(len(shards), report)
 
     def write_wave(paths: DataFrame, wave: int) -> None:
-        observation = Observation()
-        counts = [F.count_if(F.col(STATUS) == s.value).alias(s.value) for s in Status]
-        write_metadata(score(paths).observe(observation, *counts), output)
-        progress.add(wave, paths.count(), observation.get)
+        write_metadata(score(paths), output)
+        names = [inputs.shard_name(row["path"]) for row in paths.collect()]
+        progress.add(wave, len(names), count_statuses(spark, output, names))
 
     with session_settings(spark, _SETTINGS):
         if existing is None:
@@ -271,12 +270,12 @@ class _Progress:
     def add(self, wave: int, num_shards: int, num_by_status: dict[str, int]) -> None:
         """Count a wave that is written."""
         self.num_shards_done += num_shards
-        num_rows = sum(num_by_status.values())
-        self.num_images += num_by_status[Status.OK.value]
+        num_rows, num_ok = sum(num_by_status.values()), num_by_status.get(Status.OK.value, 0)
+        self.num_images += num_ok
         seconds = time.monotonic() - self._started
         self._report(
             f"wave {wave}: {self.num_shards_done:,} shards done in this run, "
-            f"{self.num_shards:,} in the input; {num_by_status[Status.OK.value]:,} images scored, "
-            f"{num_rows - num_by_status[Status.OK.value]:,} rows failed; "
+            f"{self.num_shards:,} in the input; {num_ok:,} images scored, "
+            f"{num_rows - num_ok:,} rows failed; "
             f"{self.num_images / seconds:,.1f} images/s"
         )

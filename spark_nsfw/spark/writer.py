@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.provenance import PROVENANCE
-from spark_nsfw.schema import SHARD
+from spark_nsfw.schema import SHARD, STATUS
 
-__all__ = ["read_provenance", "with_provenance", "write_metadata", "write_schema"]
+__all__ = ["count_statuses", "read_provenance", "with_provenance", "write_metadata", "write_schema"]
 
 #: The partition that holds no rows. Readers guess the type of partition values: where
 #: every shard has a number for a name they would read ``00000`` as 0. One name that is
@@ -65,6 +65,26 @@ def write_metadata(metadata: DataFrame, output: str) -> None:
             .partitionBy(SHARD)
             .parquet(output)
         )
+
+
+def count_statuses(spark: SparkSession, output: str, shards: Iterable[str]) -> dict[str, int]:
+    """Rows by status that an output holds of these shards.
+
+    Reads the one small column of their own partitions, and lists no others. `observe`
+    would count while the rows are written, but RAPIDS cannot plan a query that has it
+    (NVIDIA/spark-rapids 14152).
+    """
+    jvm: Any = spark._jvm
+    hadoop = spark._jsparkSession.sessionState().newHadoopConf()
+    escape = jvm.org.apache.spark.sql.catalyst.catalog.ExternalCatalogUtils.escapePathName
+    partitions = [f"{output.rstrip('/')}/{SHARD}={escape(name)}" for name in shards]
+    paths = [jvm.org.apache.hadoop.fs.Path(partition) for partition in partitions]
+    # A shard without rows has no partition.
+    there = [p.toString() for p in paths if p.getFileSystem(hadoop).exists(p)]
+    if not there:
+        return {}
+    statuses = spark.read.schema(f"{STATUS} string").parquet(*there)
+    return {row[STATUS]: row["count"] for row in statuses.groupBy(STATUS).count().collect()}
 
 
 class session_settings:  # noqa: N801  # reads as a verb at its call sites
