@@ -124,6 +124,12 @@ def run_job(
         InputError: nothing to read, or arguments that cannot work.
         JobError: the output was made with other weights or columns, or Spark failed.
     """
+    if not hasattr(spark, "_jsparkSession"):
+        raise InputError(
+            "the job needs a classic session: its stream of shards runs in the driver, and "
+            "through Spark Connect there is none. Take ImageTextPairDataset.save_metadata or "
+            "score_samples there, or submit the job to the cluster"
+        )
     options = options or JobOptions()
     if options.plan not in ("dataframe", "fused"):
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
