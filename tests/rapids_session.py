@@ -70,6 +70,13 @@ def settings(path):
     return dict(line.split(None, 1) for line in lines if line and not line.startswith("#"))
 
 
+def rapids_settings():
+    """(file, key, value) of every setting of the plugin in conf/."""
+    files = sorted((Path(__file__).parents[1] / "conf").glob("*.conf"))
+    found = [(file.name, *item) for file in files for item in settings(file).items()]
+    return [setting for setting in found if setting[1].startswith("spark.rapids.")]
+
+
 def main(directory, detector):
     spark = (
         SparkSession.builder.master("local[2]")
@@ -112,13 +119,15 @@ def main(directory, detector):
         explained[f"column {name}"] = explain(scored._jdf, "ALL")
 
     known = registered_keys(spark)
-    conf = settings(Path(__file__).parents[1] / "conf" / "spark-defaults.conf")
-    used = {key: value for key, value in conf.items() if key.startswith("spark.rapids.")}
     report = {
         "summaries": summaries,
         "explained": explained,
         "known": {key: entry.doc() for key, entry in known.items()},
-        "refused": {key: refusal(known[key], used[key]) for key in used if key in known},
+        "refused": {
+            f"{file} {key}": refusal(known[key], value)
+            for file, key, value in rapids_settings()
+            if key in known
+        },
         "nonsense": refusal(known["spark.rapids.memory.gpu.allocFraction"], "much"),
     }
     (directory / "report.json").write_text(json.dumps(report))

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from rapids_session import COLUMN_TYPES, PLUGIN, settings
+from rapids_session import COLUMN_TYPES, PLUGIN, rapids_settings
 
 pytestmark = pytest.mark.rapids
 
 ROOT = Path(__file__).parents[1]
-CONF = settings(ROOT / "conf" / "spark-defaults.conf")
-RAPIDS_KEYS = [key for key in CONF if key.startswith("spark.rapids.")]
 
 #: ``*`` will run on the GPU, ``!`` cannot, ``@`` could but its surroundings forbid it.
 OPERATOR = re.compile(r"^ *([*!@])(?:Exec)? ?<(\w+Exec)>", re.MULTILINE)
@@ -109,12 +107,12 @@ def test_the_documentation_says_which_columns_keep_the_python_exec_off_the_gpu(s
     assert (found["MapInArrowExec"] == "!") == (f"`{name}`" in listed)
 
 
-@pytest.mark.parametrize("key", RAPIDS_KEYS)
-def test_every_setting_in_conf_is_the_plugins_own_and_valid(session, key):
+@pytest.mark.parametrize(("file", "key"), [(file, key) for file, key, _ in rapids_settings()])
+def test_every_setting_in_conf_is_the_plugins_own_and_valid(session, file, key):
     report, _ = session
     assert key in report["known"], f"the plugin knows no setting {key}"
     assert "deprecated" not in report["known"][key].lower()
-    assert report["refused"][key] is None
+    assert report["refused"][f"{file} {key}"] is None
 
 
 def test_a_typo_an_obsolete_setting_and_a_senseless_value_would_be_found(session):

@@ -49,6 +49,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
+from spark_nsfw.storage import hadoop_path
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -135,6 +136,7 @@ def run_job(
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
     if options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
+    output = hadoop_path(output)
     output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
     shards = list_shards(spark, inputs)
     embedder = embedder.with_precision_of(device_kind(spark, options.device))

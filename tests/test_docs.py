@@ -1,4 +1,4 @@
-"""The arithmetic of docs/gpu-clusters.md, done again."""
+"""What docs/ and conf/ say of clusters: the arithmetic done again, the versions compared."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from rapids_session import settings
+from rapids_session import PLUGIN, settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "gpu-clusters.md").read_text()
@@ -39,3 +39,19 @@ def test_the_tower_is_as_large_as_is_said():
     with torch.device("meta"):
         tower = timm.create_model("vit_large_patch14_clip_quickgelu_224.openai", pretrained=False)
     assert f"{sum(p.numel() for p in tower.parameters()):,} parameters" in DOCUMENT
+
+
+def test_conf_and_documents_name_the_plugin_that_was_asked():
+    version = PLUGIN.rpartition(":")[2]
+    assert CONF["spark.jars.packages"] == f"com.nvidia:rapids-4-spark_2.13:{version}"
+    jar = f"com.nvidia_rapids-4-spark_2.13-{version}.jar"
+    assert CONF["spark.executorEnv.PYTHONPATH"] == f"./{jar}"
+    for document in ("gpu-clusters.md", "databricks.md"):
+        named = re.findall(r"\b2\d\.\d\d\.\d\b", (ROOT / "docs" / document).read_text())
+        assert set(named) == {version}
+
+
+@pytest.mark.parametrize("name", ["constraints", "constraints-spark35", "constraints-spark40"])
+def test_the_versions_that_are_tested_are_documented(name):
+    (version,) = re.findall(r"^pyspark==(.*)$", (ROOT / f"{name}.txt").read_text(), re.MULTILINE)
+    assert f"| {version}" in (ROOT / "docs" / "clusters.md").read_text()
