@@ -80,7 +80,7 @@ def master(tmp_path_factory):
 def wheel(tmp_path_factory):
     """The package's wheel, as ``python -m build`` makes it."""
     directory = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", directory, ROOT]
+    command = [sys.executable, "-m", "build", "--no-isolation", "-o", directory, ROOT]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = directory.glob("*.whl")
     return path
