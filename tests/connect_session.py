@@ -4,6 +4,7 @@
 the directory. A Connect session and a classic one cannot live in one process.
 """
 
+import os
 import pickle
 import shutil
 import sys
@@ -41,6 +42,9 @@ def where_workers_have_the_package_from(spark):
 
 
 def main(shards, detector, directory):
+    if pyspark.__version__ < "4":  # PyPI's pyspark 3.5 comes without the server
+        server = f"org.apache.spark:spark-connect_2.12:{pyspark.__version__}"
+        os.environ["PYSPARK_SUBMIT_ARGS"] = f"--packages {server} pyspark-shell"
     spark = SparkSession.builder.remote("local[2]").getOrCreate()
     spark.conf.set("spark.sql.session.timeZone", "UTC")
     archive = shutil.make_archive(

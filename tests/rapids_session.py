@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyspark
 from pyspark.sql import SparkSession
 
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
@@ -20,9 +19,7 @@ from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.reader import read_samples, shard_paths
 from spark_nsfw.spark.udf import score_samples, score_shards
 
-#: PyPI's pyspark 3.5 is of Scala 2.12, 4.0 and later of Scala 2.13.
-SCALA = "2.12" if pyspark.__version__ < "4" else "2.13"
-PLUGIN = f"com.nvidia:rapids-4-spark_{SCALA}:26.08.1"
+PLUGIN = "com.nvidia:rapids-4-spark_2.13:26.08.1"
 
 #: Columns that a sidecar may bring along.
 COLUMN_TYPES = {

@@ -151,6 +151,7 @@ def test_a_packed_environment_as_archive(master, wheel, shards, staged, tmp_path
 
 
 @pytest.mark.rapids
+@pytest.mark.skipif(pyspark.__version__ < "4", reason="the plugin is of Scala 2.13")
 def test_conf_starts_the_plugins_daemon(master, wheel, shards, staged, tmp_path):  # noqa: F811
     """conf/ as it stands, but for the sizes of this machine, and that the plugin only explains."""
     package = shutil.copyfile(wheel, tmp_path / "package.zip")
