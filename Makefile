@@ -2,13 +2,29 @@
 VENV ?= .venv
 RUN = $(VENV)/bin/
 
-.PHONY: demo test lint bench clean
+# What test-spark35 and test-spark40 run: all tests, or those that are named.
+TESTS ?=
+
+.PHONY: demo test test-rapids test-spark35 test-spark40 lint bench clean
 
 demo: $(VENV)/.ready
 	$(RUN)python jobs/demo.py demo
 
 test: $(VENV)/.ready
 	$(RUN)python -m pytest
+
+# What the RAPIDS plugin says of the job's plans; fetches the plugin, 1 GB, from Maven Central.
+test-rapids: $(VENV)/.ready
+	$(RUN)python -m pytest -m rapids tests/test_rapids.py tests/test_cluster.py
+
+# The same tests on another Spark, which stands before the environment's own on the Python path.
+test-spark35 test-spark40: test-%: .%/.ready
+	PYTHONPATH=$(CURDIR)/.$* $(RUN)python -m pytest $(TESTS)
+
+.spark35/.ready .spark40/.ready: .%/.ready: constraints-%.txt $(VENV)/.ready
+	rm -rf .$*
+	$(RUN)pip install -q --disable-pip-version-check --target .$* -r $<
+	touch $@
 
 bench: $(VENV)/.ready
 	for name in pixels plans memory scale waves fidelity; do \
@@ -25,4 +41,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) .spark35 .spark40 demo build dist *.egg-info

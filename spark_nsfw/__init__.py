@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spark_nsfw.samples import SampleOptions, iter_sample_batches
     from spark_nsfw.schema import Status
     from spark_nsfw.scorer import Scorer
+    from spark_nsfw.spark.datasource import register_webdataset
     from spark_nsfw.spark.reader import read_webdataset
     from spark_nsfw.spark.udf import nsfw_udf, score_samples
 
@@ -32,6 +33,7 @@ _MODULES = {
     "iter_sample_batches": "samples",
     "nsfw_udf": "spark.udf",
     "read_webdataset": "spark.reader",
+    "register_webdataset": "spark.datasource",
     "score_samples": "spark.udf",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "iter_sample_batches",
     "nsfw_udf",
     "read_webdataset",
+    "register_webdataset",
     "score_samples",
 ]
 

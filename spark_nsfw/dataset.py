@@ -26,7 +26,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import resolve
+from spark_nsfw.storage import hadoop_path, resolve
 
 __all__ = ["ImageTextPairDataset"]
 
@@ -161,6 +161,7 @@ class ImageTextPairDataset:
                 )
             metadata = metadata.select(SHARD, *(f"`{name}`" for name in columns if name != SHARD))
         if path is not None:
+            path = hadoop_path(path)
             write_schema(metadata, path)
             write_metadata(metadata, path)
             return

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pyarrow.fs import FileSelector, FileType
+
 from spark_nsfw.errors import InputError
-from spark_nsfw.storage import expand_braces
+from spark_nsfw.storage import expand_braces, hadoop_path, resolve
 
 __all__ = ["ShardInputs"]
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[{]")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+#: What Spark does not list; partitions such as ``_x=1`` it does.
+_HIDDEN = re.compile(r"/(\.|_[^/=]*(/|\Z))")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*)?(?=/)")
 
 
@@ -73,6 +77,20 @@ class ShardInputs:
                 return name[len(root) :].removesuffix(".tar")
         raise InputError(f"{path} is below none of the inputs {', '.join(self.roots)}")
 
+    def list_paths(self) -> list[str]:
+        """The paths of all shards, sorted, listed with pyarrow where there is no Spark session.
+
+        Raises:
+            InputError: there are none, one that was named is missing, or two have one name.
+        """
+        found = sorted({path for pattern in self.patterns for path in _list(pattern)})
+        if not found:
+            raise InputError(
+                f"{', '.join(self.patterns)} does not exist, or has no shard (*.tar) in it"
+            )
+        self.check(found)
+        return found
+
     def check(self, paths: Sequence[str]) -> None:
         """Refuse inputs that name a shard that is not there, or give two shards one name.
 
@@ -106,6 +124,7 @@ class ShardInputs:
 
 
 def _absolute(path: str) -> str:
+    path = hadoop_path(path)
     return path if _SCHEME.match(path) or path.startswith("/") else os.path.abspath(path)
 
 
@@ -126,6 +145,26 @@ def _root(pattern: str) -> str:
     if path.endswith(".tar"):
         return path[: path.rfind("/") + 1]
     return path.rstrip("/") + "/"
+
+
+def _list(pattern: str) -> Iterator[str]:
+    """The shards of one input; names that begin with a dot or an underscore are hidden."""
+    filesystem_url, path = _split(pattern)
+    wanted = re.compile(_regex(_hadoop_glob(path.rstrip("/"))) + r"(/.*)?\Z", re.DOTALL)
+    is_glob = _GLOB_CHARACTERS.search(path)
+    root = _root(pattern).rstrip("/") if is_glob else path.rstrip("/")
+    filesystem, directory = resolve(f"{filesystem_url}{root or '/'}")
+    if not is_glob and filesystem.get_file_info(directory).type is FileType.File:
+        yield filesystem_url + root
+        return
+    directory = directory.rstrip("/")
+    selector = FileSelector(directory or "/", allow_not_found=True, recursive=True)
+    for info in filesystem.get_file_info(selector):
+        below = info.path[len(directory) :]
+        if info.type is FileType.File and below.endswith(".tar") and not _HIDDEN.search(below):
+            shard = root + below
+            if wanted.match(shard):
+                yield filesystem_url + shard
 
 
 def _hadoop_glob(pattern: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "last_change", "open_input", "resolve", "write_text"]
+__all__ = ["expand_braces", "hadoop_path", "last_change", "open_input", "resolve", "write_text"]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -39,7 +40,7 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
     """The pyarrow filesystem of ``url`` and the path in it.
 
     Takes local paths, ``file:`` URLs, Databricks' ``dbfs:/`` (through its ``/dbfs``
-    mount) and any URL of `pyarrow.fs`. Paths are taken literally, never
+    and ``/Volumes`` mounts) and any URL of `pyarrow.fs`. Paths are taken literally, never
     percent-decoded, except in ``file://`` URLs with three slashes, which are URIs.
 
     Raises:
@@ -51,12 +52,24 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
     if scheme == "file":
         return fs.LocalFileSystem(), unquote(rest[2:]) if rest.startswith("///") else rest
     if scheme == "dbfs":
-        return fs.LocalFileSystem(), "/dbfs/" + rest.lstrip("/")
+        path = "/" + rest.lstrip("/")
+        return fs.LocalFileSystem(), path if path.startswith("/Volumes/") else "/dbfs" + path
     authority, _, key = rest.lstrip("/").partition("/") if rest.startswith("//") else ("", "", rest)
     if rest.startswith("///"):
         authority, key = "", rest.lstrip("/")
     filesystem, root = _filesystem(_SCHEME_ALIASES.get(scheme, scheme), authority)
     return filesystem, f"{root.rstrip('/')}/{key.lstrip('/')}"
+
+
+def hadoop_path(path: str) -> str:
+    """The same place under the name that Spark has for it.
+
+    They differ in Databricks' ``/dbfs`` mount: Spark there knows ``/dbfs/x`` as ``dbfs:/x``.
+    """
+    mounted = path == "/dbfs" or path.startswith("/dbfs/")
+    if mounted and "DATABRICKS_RUNTIME_VERSION" in os.environ:
+        return "dbfs:/" + path[len("/dbfs/") :]
+    return path
 
 
 def open_input(url: str) -> BinaryIO:

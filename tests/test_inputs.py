@@ -88,11 +88,33 @@ def test_braces_without_a_range_are_left_alone():
         ("file:/data/50%25.tar", "/data/50%25.tar"),
         ("file:///data/50%25.tar", "/data/50%.tar"),
         ("dbfs:/mnt/x.tar", "/dbfs/mnt/x.tar"),
+        ("dbfs:/Volumes/main/x.tar", "/Volumes/main/x.tar"),
         ("/Volumes/main/x.tar", "/Volumes/main/x.tar"),
     ],
 )
 def test_local_urls_resolve(url, path):
     assert resolve(url)[1] == path
+
+
+@pytest.mark.parametrize(
+    ("path", "glob", "listed"),
+    [
+        ("/dbfs/mnt/in/*.tar", "dbfs:/mnt/in/*.tar", "dbfs:/mnt/in/0.tar"),
+        ("dbfs:/mnt/in", "dbfs:/mnt/in", "dbfs:/mnt/in/0.tar"),
+        ("/Volumes/main/in", "/Volumes/main/in", "dbfs:/Volumes/main/in/0.tar"),
+    ],
+)
+def test_databricks_paths_in_all_their_forms(monkeypatch, path, glob, listed):
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    inputs = ShardInputs.parse(path)
+    assert inputs.glob == glob
+    inputs.check([listed])
+    assert inputs.shard_name(listed) == "0"
+
+
+def test_a_directory_named_dbfs_is_no_mount_elsewhere(monkeypatch):
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    assert ShardInputs.parse("/dbfs/mnt").glob == "/dbfs/mnt"
 
 
 def test_object_stores_resolve_under_hadoops_names_too():

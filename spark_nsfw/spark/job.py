@@ -22,8 +22,7 @@ from typing import Any
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Observation, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.classifiers import ImageClassifier
@@ -47,13 +46,15 @@ from spark_nsfw.spark.waves import reason, write_apart
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
+    count_statuses,
+    hadoop_filesystem,
     read_provenance,
     session_settings,
     with_provenance,
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import last_change, write_text
+from spark_nsfw.storage import hadoop_path, last_change, write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -167,12 +168,19 @@ def run_job(
         JobError: the output was made with other weights or columns, or Spark failed.
         JobStoppedError: ``stop`` was set before all shards were done.
     """
+    if not hasattr(spark, "_jsparkSession"):
+        raise InputError(
+            "the job needs a classic session: its stream of shards runs in the driver, and "
+            "through Spark Connect there is none. Take ImageTextPairDataset.save_metadata or "
+            "score_samples there, or submit the job to the cluster"
+        )
     options = options or JobOptions()
     stop = stop or threading.Event()
     if options.plan not in ("dataframe", "fused"):
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
     if options.shards_per_wave is not None and options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
+    output = hadoop_path(output)
     output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)
@@ -323,7 +331,7 @@ class _Job:
         written = {row[SHARD] for row in metadata.select(SHARD).distinct().collect()}
         rowless = [path for name, path in self.path_of_shard.items() if name not in written]
         if rowless:
-            num_by_status = self._write(self._paths(rowless))
+            num_by_status = self._write(rowless)
             if num_by_status:
                 self.progress.add(0, num_by_status)
 
@@ -334,7 +342,7 @@ class _Job:
             self._wait_until_settled(paths)
         counts = write_apart(
             paths,
-            lambda part: self._write(shards if len(part) == len(paths) else self._paths(part)),
+            lambda part: self._write(part, shards if len(part) == len(paths) else None),
             self._set_aside,
         )
         self.progress.add(len(paths), sum(counts, Counter()))
@@ -366,12 +374,12 @@ class _Job:
             scored = score_samples(samples, *models, **how)
         return with_provenance(scored, _result_columns(*models), self.note)
 
-    def _write(self, paths: DataFrame) -> Counter[str]:
+    def _write(self, paths: Sequence[str], as_dataframe: DataFrame | None = None) -> Counter[str]:
         """Write the rows of some shards; rows by status."""
-        observation = Observation()
-        counts = [F.count_if(F.col(STATUS) == s.value).alias(s.value) for s in Status]
-        write_metadata(self._score(paths).observe(observation, *counts), self.output)
-        return +Counter(observation.get)
+        shards = self._paths(paths) if as_dataframe is None else as_dataframe
+        write_metadata(self._score(shards), self.output)
+        names = [self.inputs.shard_name(path) for path in paths]
+        return Counter(count_statuses(self.spark, self.output, names))
 
     def _set_aside(self, path: str, error: str) -> Counter[str]:
         """Write one row for a shard that kills its worker."""
@@ -438,14 +446,14 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
     """The columns of an output that an earlier run has begun, or None."""
     schema_partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
-    filesystem, path = _hadoop(spark, f"{schema_partition}/_SUCCESS")
+    filesystem, path = hadoop_filesystem(spark, f"{schema_partition}/_SUCCESS")
     # Spark itself logs a stack trace for a path that is not there.
     return spark.read.parquet(schema_partition).schema if filesystem.exists(path) else None
 
 
 def _num_partitions(spark: SparkSession, output: str) -> int:
     """How many shards have rows."""
-    filesystem, path = _hadoop(spark, f"{output.rstrip('/')}/{SHARD}=*")
+    filesystem, path = hadoop_filesystem(spark, f"{output.rstrip('/')}/{SHARD}=*")
     return max(0, len(filesystem.globStatus(path) or []) - 1)  # one is the schema's
 
 
@@ -455,16 +463,9 @@ def delete_output(spark: SparkSession, output: str) -> None:
     Raises:
         InputError: it is no output of this job.
     """
-    filesystem, path = _hadoop(spark, output)
+    filesystem, path = hadoop_filesystem(spark, output)
     if not filesystem.exists(path):
         return
     if _existing_schema(spark, output) is None:
         raise InputError(f"{output} is no output of spark-nsfw, and is not deleted")
     filesystem.delete(path, True)
-
-
-def _hadoop(spark: SparkSession, url: str) -> tuple[Any, Any]:
-    """Hadoop's filesystem of a URL, and its path there."""
-    jvm: Any = spark._jvm
-    path = jvm.org.apache.hadoop.fs.Path(url)
-    return path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf()), path

@@ -66,18 +66,18 @@ def settle_columns(
         for _ in batches:
             try:
                 fields = infer_passthrough(shard, id_col, columns)
-                found, problem = pa.schema(fields).serialize().to_pybytes(), None
+                found, problem = pa.schema(fields).serialize().to_pybytes().hex(), None
             except Exception as exc:  # told by the driver, without a worker's traceback
                 found, problem = None, str(exc)
-            arrays = [pa.array([found], pa.binary()), pa.array([problem], pa.string())]
+            arrays = [pa.array([found], pa.string()), pa.array([problem], pa.string())]
             yield pa.RecordBatch.from_arrays(arrays, names=["schema", "problem"])
 
     with reader_workers(spark):
-        row = spark.range(1, numPartitions=1).mapInArrow(infer, "schema binary, problem string")
+        row = spark.range(1, numPartitions=1).mapInArrow(infer, "schema string, problem string")
         answer = row.collect()[0]
     if answer["problem"] is not None:
         raise InputError(answer["problem"])
-    return tuple(pa.ipc.read_schema(pa.py_buffer(answer["schema"])))
+    return tuple(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(answer["schema"]))))
 
 
 def read_samples(paths: DataFrame, inputs: ShardInputs, options: SampleOptions) -> DataFrame:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.provenance import PROVENANCE
-from spark_nsfw.schema import SHARD
+from spark_nsfw.schema import SHARD, STATUS
 
-__all__ = ["read_provenance", "with_provenance", "write_metadata", "write_schema"]
+__all__ = [
+    "count_statuses",
+    "hadoop_filesystem",
+    "read_provenance",
+    "with_provenance",
+    "write_metadata",
+    "write_schema",
+]
 
 #: The partition that holds no rows. Readers guess the type of partition values: where
 #: every shard has a number for a name they would read ``00000`` as 0. One name that is
@@ -65,6 +73,38 @@ def write_metadata(metadata: DataFrame, output: str) -> None:
             .partitionBy(SHARD)
             .parquet(output)
         )
+
+
+def count_statuses(spark: SparkSession, output: str, shards: Iterable[str]) -> dict[str, int]:
+    """Rows by status that an output holds of these shards.
+
+    Reads the one small column of their own partitions, and lists no others. `observe`
+    would count while the rows are written, but RAPIDS cannot plan a query that has it
+    (NVIDIA/spark-rapids 14152).
+    """
+    escape = spark._jvm.org.apache.spark.sql.catalyst.catalog.ExternalCatalogUtils.escapePathName  # type: ignore[union-attr]
+    partitions = [f"{output.rstrip('/')}/{SHARD}={escape(name)}" for name in shards]
+    reader = spark.read.schema(f"{STATUS} string")
+    try:
+        statuses = reader.parquet(*partitions)
+    except AnalysisException:  # a shard without rows has no partition
+        partitions = [path for path in partitions if _exists(spark, path)]
+        if not partitions:
+            return {}
+        statuses = reader.parquet(*partitions)
+    return {row[STATUS]: row["count"] for row in statuses.groupBy(STATUS).count().collect()}
+
+
+def _exists(spark: SparkSession, url: str) -> bool:
+    filesystem, path = hadoop_filesystem(spark, url)
+    return bool(filesystem.exists(path))
+
+
+def hadoop_filesystem(spark: SparkSession, url: str) -> tuple[Any, Any]:
+    """Hadoop's filesystem of a URL, and its path there."""
+    jvm: Any = spark._jvm
+    path = jvm.org.apache.hadoop.fs.Path(url)
+    return path.getFileSystem(spark._jsparkSession.sessionState().newHadoopConf()), path
 
 
 class session_settings:  # noqa: N801  # reads as a verb at its call sites
