@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from spark_nsfw.errors import InputError, SparkNsfwError
+
+if TYPE_CHECKING:
+    from spark_nsfw.classifiers import ImageClassifier
 
 __all__ = ["main"]
 
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "--model", action="append", help=f"timm tower; may be repeated (default: {_DEFAULT_MODEL})"
     )
+    fetch.add_argument("--aesthetic", action="store_true", help="LAION-Aesthetics V2, too")
     fetch.set_defaults(run=_fetch)
 
     inspect = commands.add_parser(
@@ -92,25 +97,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="width of the embeddings, for towers without a projection of their own",
     )
-    model.add_argument(
-        "--nsfw-checkpoint",
-        metavar="FILE",
-        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
-        "safetensors (default: LAION's, downloaded once)",
-    )
-    model.add_argument(
-        "--nsfw-variant",
-        choices=["torch", "laion"],
-        default="torch",
-        help="torch: scores as NeMo Curator and DataComp have them; laion: as LAION's "
-        "TensorFlow model gives them (default: %(default)s)",
-    )
-
-    model.add_argument(
-        "--models",
-        metavar="DIR",
-        help="directory or URL made by `spark-nsfw models fetch`, instead of the internet",
-    )
+    _add_classifier_arguments(model)
 
     speed = parser.add_argument_group("speed")
     speed.add_argument(
@@ -177,9 +164,56 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--nsfw-checkpoint",
+        metavar="FILE",
+        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
+        "safetensors (default: LAION's, downloaded once)",
+    )
+    group.add_argument(
+        "--nsfw-variant",
+        choices=["torch", "laion"],
+        default="torch",
+        help="torch: scores as NeMo Curator and DataComp have them; laion: as LAION's "
+        "TensorFlow model gives them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--aesthetic",
+        action="store_true",
+        help="score with LAION-Aesthetics V2, too, into aesthetic_score (ViT-L/14 only)",
+    )
+    group.add_argument(
+        "--aesthetic-checkpoint",
+        metavar="FILE",
+        help="its sac+logos+ava1-l14-linearMSE.pth (default: downloaded once)",
+    )
+    group.add_argument(
+        "--models",
+        metavar="DIR",
+        help="directory or URL made by `spark-nsfw models fetch`, instead of the internet",
+    )
+
+
+def _classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
+    from spark_nsfw.classifiers import AestheticClassifier, NsfwClassifier
+
+    classifiers: list[ImageClassifier] = [
+        NsfwClassifier(
+            model_path=options.nsfw_checkpoint,
+            variant=options.nsfw_variant,
+            models_dir=options.models,
+        )
+    ]
+    if options.aesthetic or options.aesthetic_checkpoint:
+        classifiers.append(
+            AestheticClassifier(model_path=options.aesthetic_checkpoint, models_dir=options.models)
+        )
+    return classifiers
+
+
 def _score(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` does not wait for torch and Spark.
-    from spark_nsfw.classifiers import NsfwClassifier
     from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.inputs import ShardInputs
     from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
@@ -197,13 +231,7 @@ def _score(options: argparse.Namespace) -> int:
         embedding_size=options.embedding_size,
         decode=options.decode,
         models_dir=options.models,
-        classifiers=[
-            NsfwClassifier(
-                model_path=options.nsfw_checkpoint,
-                variant=options.nsfw_variant,
-                models_dir=options.models,
-            )
-        ],
+        classifiers=_classifiers(options),
     )
     extensions = _names(options.image_extensions)
     job = JobOptions(
@@ -226,9 +254,11 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
+    from spark_nsfw.classifiers import AESTHETIC_FILE
     from spark_nsfw.models import fetch_models
 
-    fetch_models(options.directory, options.model or [_DEFAULT_MODEL])
+    others = [AESTHETIC_FILE] if options.aesthetic else []
+    fetch_models(options.directory, options.model or [_DEFAULT_MODEL], others=others)
     return 0
 
 

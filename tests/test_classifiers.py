@@ -1,3 +1,4 @@
+import inspect
 import pickle
 from pathlib import Path
 
@@ -8,8 +9,17 @@ from conftest import shared_file
 from safetensors.torch import save_file
 from torch import nn
 
-from spark_nsfw import ImageClassifier, NsfwClassifier
+from spark_nsfw import (
+    AestheticClassifier,
+    ImageClassifier,
+    NsfwClassifier,
+    SampleOptions,
+    Scorer,
+    TimmImageEmbedder,
+    iter_sample_batches,
+)
 from spark_nsfw.classifiers import NsfwDetector
+from spark_nsfw.embedders import Tower
 from spark_nsfw.errors import (
     ChecksumError,
     EmbeddingWidthError,
@@ -19,6 +29,7 @@ from spark_nsfw.errors import (
     WeightsUnavailableError,
 )
 from spark_nsfw.laion import DETECTORS, _code_of_text, read_detector
+from spark_nsfw.weights import file_sha256
 
 ZIPS = {"vit_l_14": "clip_autokeras_binary_nsfw.zip", "vit_b_32": "clip_autokeras_nsfw_b32.zip"}
 
@@ -246,7 +257,106 @@ def test_network_and_reader_agree_on_codes():
     assert network._look_up(0, values).tolist() == [*expected, 0.0, 0.0]
 
 
-def test_a_classifier_of_ones_own_takes_ten_lines():
+@pytest.fixture
+def aesthetic(tmp_path):
+    """The published network of LAION-Aesthetics V2 with random weights, and its file."""
+    torch.manual_seed(3)
+    layers = nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
+        nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+    ).eval()  # fmt: skip
+    for parameter in layers.parameters():
+        parameter.data *= 3  # so that scores differ as much as real ones
+    path = tmp_path / "aesthetic.pth"
+    torch.save(nn.ModuleDict({"layers": layers}).state_dict(), path)
+    return layers, str(path)
+
+
+def test_aesthetic_scores_are_the_published_networks(aesthetic):
+    layers, path = aesthetic
+    embeddings = golden("vit_l_14")["embedding_f32"]
+    with torch.inference_mode():
+        expected = layers.double()(torch.tensor(embeddings).double())[:, 0].numpy()
+    scores = AestheticClassifier(model_path=path).classify(embeddings, device="cpu")
+    assert scores.dtype == np.float32
+    assert np.ptp(expected) > 1
+    assert np.abs(scores - expected).max() < 1e-5
+
+
+def test_another_network_is_no_aesthetic_classifier(tmp_path, aesthetic):
+    tensors = torch.load(aesthetic[1])
+    tensors["layers.6.weight"] = tensors["layers.6.weight"][:8]
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(WeightsMismatchError, match=r"layers\.6\.weight has shape \(8, 64\)"):
+        AestheticClassifier(model_path=str(tmp_path / "x.pth")).for_embedding_size(768)
+
+
+def test_only_the_published_aesthetic_file_is_taken_for_it(tmp_path, monkeypatch, aesthetic):
+    Path(aesthetic[1]).rename(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    for classifier in (AestheticClassifier(), AestheticClassifier(models_dir=str(tmp_path))):
+        with pytest.raises(ChecksumError, match="21dd590f"):
+            classifier.classify(np.zeros((1, 768)), "cpu")
+
+
+def test_a_file_that_changes_after_it_was_settled_is_refused(aesthetic):
+    classifier = AestheticClassifier(model_path=aesthetic[1]).for_embedding_size(768)
+    torch.save(nn.Linear(3, 4).state_dict(), aesthetic[1])
+    worker = pickle.loads(pickle.dumps(classifier))
+    with pytest.raises(ChecksumError):
+        worker.classify(np.zeros((1, 768)), "cpu")
+
+
+def test_several_classifiers_cost_one_pass_of_the_tower(
+    shards, detector_path, aesthetic, monkeypatch
+):
+    forward, num_images = Tower.forward, []
+
+    def counting(tower, pixels):
+        num_images.append(len(pixels))
+        return forward(tower, pixels)
+
+    monkeypatch.setattr(Tower, "forward", counting)
+    classifiers = [
+        NsfwClassifier(model_path=detector_path),
+        AestheticClassifier(model_path=aesthetic[1]),
+    ]
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
+    batches = iter_sample_batches([(str(shards / "00000.tar"), "00000")], SampleOptions())
+    (metadata,) = Scorer(embedder, device="cpu").score(batches)
+    assert sum(num_images) == 11
+    embeddings = np.array(metadata["image_embedding"].to_pylist())
+    for classifier in classifiers:
+        expected = classifier.classify(embeddings, "cpu")
+        assert metadata[classifier.pred_column].to_pylist() == expected.tolist()
+
+
+def documented_classifier():
+    """The class in the docstring of `ImageClassifier`, as it stands there."""
+    example = inspect.getdoc(ImageClassifier).partition("::\n")[2].partition("Args:")[0]
+    names = {"ImageClassifier": ImageClassifier, "nn": nn}
+    exec(inspect.cleandoc(example), names)
+    assert example.strip().count("\n") < 10
+    return names["WatermarkClassifier"]
+
+
+def test_the_documented_classifier_of_ones_own_works(tmp_path, detector_path):
+    model = nn.Sequential(nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+    save_file(model.state_dict(), tmp_path / "watermark.safetensors")
+    classifier = documented_classifier()(str(tmp_path / "watermark.safetensors"))
+    embeddings = golden("vit_l_14")["embedding_f32"]
+    with torch.inference_mode():
+        expected = model(torch.tensor(embeddings))[:, 0].numpy()
+    assert np.abs(classifier.classify(embeddings, "cpu") - expected).max() < 1e-6
+    described = classifier.for_embedding_size(768).describe()
+    assert described["weights"]["sha256"] == file_sha256(tmp_path / "watermark.safetensors")
+    assert (described["classifier"], described["pred_column"]) == (
+        "WatermarkClassifier",
+        "watermark_score",
+    )
+
+
+def test_a_classifier_without_a_file():
     class BrightnessClassifier(ImageClassifier):
         def __init__(self):
             super().__init__(pred_column="brightness", embedding_size=4)
