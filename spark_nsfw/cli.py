@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_score_arguments(score)
     score.set_defaults(run=_score)
 
+    _add_classify_parser(commands)
+
     models = commands.add_parser("models", help="stage weights for machines without internet")
     fetch = models.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "fetch",
@@ -249,6 +251,56 @@ def _score(options: argparse.Namespace) -> int:
     inputs = ShardInputs.parse(options.input)
     settled(embedder, None)  # weights that cannot be had are told before Spark starts
     summary = run_job(active_or_local_session(), inputs, options.output, embedder, options=job)
+    print(summary)
+    return 0
+
+
+def _add_classify_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    classify = commands.add_parser(
+        "classify",
+        help="score embeddings that are already there, without reading an image",
+        description="Score stored embeddings: an output of `spark-nsfw score`, sidecars such as "
+        "NeMo Curator's with a column of embeddings, or clip-retrieval's img_emb/*.npy with "
+        "metadata/*.parquet.",
+    )
+    classify.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
+    classify.add_argument("output", help="directory for the Parquet metadata")
+    _add_classifier_arguments(classify.add_argument_group("models"))
+    classify.add_argument(
+        "--embedding-column",
+        default="image_embedding",
+        metavar="NAME",
+        help="holds the embeddings (default: %(default)s)",
+    )
+    classify.add_argument(
+        "--id-col",
+        metavar="NAME",
+        help="holds the samples' keys (default: key; for clip-retrieval image_path)",
+    )
+    classify.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="copy the embeddings to the output (default: no)",
+    )
+    classify.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    classify.set_defaults(run=_classify)
+
+
+def _classify(options: argparse.Namespace) -> int:
+    from spark_nsfw.spark.classify import classify_metadata
+    from spark_nsfw.spark.session import active_or_local_session
+
+    summary = classify_metadata(
+        active_or_local_session(),
+        options.metadata,
+        options.output,
+        _classifiers(options),
+        embedding_column=options.embedding_column,
+        id_col=options.id_col,
+        keep_embeddings=options.embeddings,
+        device=options.device,
+    )
     print(summary)
     return 0
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
@@ -18,7 +17,7 @@ from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import IMAGE, SHARD
 from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
 from spark_nsfw.spark.session import active_or_local_session
-from spark_nsfw.spark.udf import classifier_udf, score_shards, settled
+from spark_nsfw.spark.udf import score_embeddings, score_shards, settled
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
@@ -106,9 +105,7 @@ class ImageTextPairDataset:
         paths = shard_paths(self.spark, self._inputs)
         if self.embedder is None:
             metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
-            for classifier in self.classifiers:
-                metadata = _with_stored_scores(metadata, classifier)
-            return metadata
+            return _with_stored_scores(metadata, self.classifiers) if self.classifiers else metadata
         embedder = self.embedder.with_precision_of(device_kind(self.spark))
         scored = score_shards(paths, self._inputs, self._options, embedder, self.classifiers)
         note = provenance(embedder, settled(embedder, self.classifiers))
@@ -191,13 +188,11 @@ def _partition_value(path: str) -> str:
     return unquote(path.rsplit(f"/{SHARD}=", maxsplit=1)[-1].split("/", maxsplit=1)[0])
 
 
-def _with_stored_scores(metadata: DataFrame, classifier: ImageClassifier) -> DataFrame:
-    column = classifier.embedding_column
-    if column not in metadata.columns:
-        raise InputError(
-            f"the dataset has no column {column!r} of embeddings to classify: "
-            "embed it first with TimmImageEmbedder"
-        )
-    return metadata.withColumn(
-        classifier.pred_column, classifier_udf(classifier)(F.col(f"`{column}`"))
-    )
+def _with_stored_scores(metadata: DataFrame, classifiers: Sequence[ImageClassifier]) -> DataFrame:
+    for column in {classifier.embedding_column for classifier in classifiers}:
+        if column not in metadata.columns:
+            raise InputError(
+                f"the dataset has no column {column!r} of embeddings to classify: "
+                "embed it first with TimmImageEmbedder"
+            )
+    return score_embeddings(metadata, classifiers)

@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "open_input", "resolve"]
+__all__ = ["expand_braces", "list_files", "open_input", "resolve"]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -69,6 +69,36 @@ def open_input(url: str) -> BinaryIO:
     local = isinstance(filesystem, fs.LocalFileSystem)
     raw = filesystem.open_input_file(path)
     return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+
+
+def list_files(url: str) -> tuple[str, list[str]]:
+    """The files below a directory, or the one file that ``url`` names.
+
+    Names that start with an underscore or a dot are no data and are left out, with all
+    that is below them, as Spark does it.
+
+    Returns:
+        A prefix, and the files' names, sorted; prefix + name is a path or URL for `open_input`.
+
+    Raises:
+        InputError: no filesystem for this kind of URL.
+    """
+    filesystem, path = resolve(url)
+    prefix = path if isinstance(filesystem, fs.LocalFileSystem) else url
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        directory, _, name = prefix.rpartition("/")
+        return f"{directory}/", [name]
+    root = path.rstrip("/") + "/"
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    names = sorted(
+        info.path[len(root) :]
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File
+    )
+    hidden = ("_", ".")
+    return prefix.rstrip("/") + "/", [
+        name for name in names if not any(part.startswith(hidden) for part in name.split("/"))
+    ]
 
 
 def expand_braces(pattern: str) -> list[str]:

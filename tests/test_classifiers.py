@@ -1,5 +1,6 @@
 import inspect
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -257,58 +258,45 @@ def test_network_and_reader_agree_on_codes():
     assert network._look_up(0, values).tolist() == [*expected, 0.0, 0.0]
 
 
-@pytest.fixture
-def aesthetic(tmp_path):
-    """The published network of LAION-Aesthetics V2 with random weights, and its file."""
-    torch.manual_seed(3)
-    layers = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-        nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
-    ).eval()  # fmt: skip
-    for parameter in layers.parameters():
-        parameter.data *= 3  # so that scores differ as much as real ones
-    path = tmp_path / "aesthetic.pth"
-    torch.save(nn.ModuleDict({"layers": layers}).state_dict(), path)
-    return layers, str(path)
-
-
-def test_aesthetic_scores_are_the_published_networks(aesthetic):
-    layers, path = aesthetic
+def test_aesthetic_scores_are_the_published_networks(aesthetic_path):
+    tensors = {k: v.double().numpy() for k, v in torch.load(aesthetic_path).items()}
     embeddings = golden("vit_l_14")["embedding_f32"]
-    with torch.inference_mode():
-        expected = layers.double()(torch.tensor(embeddings).double())[:, 0].numpy()
-    scores = AestheticClassifier(model_path=path).classify(embeddings, device="cpu")
+    x = embeddings.astype(np.float64)
+    for position in (0, 2, 4, 6, 7):
+        x = x @ tensors[f"layers.{position}.weight"].T + tensors[f"layers.{position}.bias"]
+    scores = AestheticClassifier(model_path=aesthetic_path).classify(embeddings, device="cpu")
     assert scores.dtype == np.float32
-    assert np.ptp(expected) > 1
-    assert np.abs(scores - expected).max() < 1e-5
+    assert np.ptp(x) > 1
+    assert np.abs(scores - x[:, 0]).max() < 1e-5
 
 
-def test_another_network_is_no_aesthetic_classifier(tmp_path, aesthetic):
-    tensors = torch.load(aesthetic[1])
+def test_another_network_is_no_aesthetic_classifier(tmp_path, aesthetic_path):
+    tensors = torch.load(aesthetic_path)
     tensors["layers.6.weight"] = tensors["layers.6.weight"][:8]
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(WeightsMismatchError, match=r"layers\.6\.weight has shape \(8, 64\)"):
         AestheticClassifier(model_path=str(tmp_path / "x.pth")).for_embedding_size(768)
 
 
-def test_only_the_published_aesthetic_file_is_taken_for_it(tmp_path, monkeypatch, aesthetic):
-    Path(aesthetic[1]).rename(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+def test_only_the_published_aesthetic_file_is_taken_for_it(tmp_path, monkeypatch, aesthetic_path):
+    shutil.copyfile(aesthetic_path, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
     for classifier in (AestheticClassifier(), AestheticClassifier(models_dir=str(tmp_path))):
         with pytest.raises(ChecksumError, match="21dd590f"):
             classifier.classify(np.zeros((1, 768)), "cpu")
 
 
-def test_a_file_that_changes_after_it_was_settled_is_refused(aesthetic):
-    classifier = AestheticClassifier(model_path=aesthetic[1]).for_embedding_size(768)
-    torch.save(nn.Linear(3, 4).state_dict(), aesthetic[1])
+def test_a_file_that_changes_after_it_was_settled_is_refused(tmp_path, aesthetic_path):
+    path = shutil.copyfile(aesthetic_path, str(tmp_path / "aesthetic.pth"))
+    classifier = AestheticClassifier(model_path=path).for_embedding_size(768)
+    torch.save(nn.Linear(3, 4).state_dict(), path)
     worker = pickle.loads(pickle.dumps(classifier))
     with pytest.raises(ChecksumError):
         worker.classify(np.zeros((1, 768)), "cpu")
 
 
 def test_several_classifiers_cost_one_pass_of_the_tower(
-    shards, detector_path, aesthetic, monkeypatch
+    shards, detector_path, aesthetic_path, monkeypatch
 ):
     forward, num_images = Tower.forward, []
 
@@ -319,7 +307,7 @@ def test_several_classifiers_cost_one_pass_of_the_tower(
     monkeypatch.setattr(Tower, "forward", counting)
     classifiers = [
         NsfwClassifier(model_path=detector_path),
-        AestheticClassifier(model_path=aesthetic[1]),
+        AestheticClassifier(model_path=aesthetic_path),
     ]
     embedder = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
     batches = iter_sample_batches([(str(shards / "00000.tar"), "00000")], SampleOptions())

@@ -9,11 +9,10 @@ what it wrote before, so no row is lost and none doubled.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -28,7 +27,7 @@ from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import provenance
+from spark_nsfw.provenance import provenance, refuse_another_note
 from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import SHARD, STATUS, Status
 from spark_nsfw.spark.reader import (
@@ -139,7 +138,7 @@ def run_job(
     if existing is None:
         passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
     else:
-        _refuse_another_note(output, read_provenance(existing) or {}, note)
+        refuse_another_note(output, read_provenance(existing) or {}, note)
         passthrough = _passthrough_of(existing, options, embedder, chosen)
     samples = replace(options.samples, passthrough=passthrough)
 
@@ -223,24 +222,6 @@ def _passthrough_of(
     """The dataset's own columns as the first run settled them."""
     ours = {*options.samples.schema.names, *_result_columns(embedder, classifiers)}
     return tuple(field for field in arrow_fields(existing) if field.name not in ours)
-
-
-def _refuse_another_note(output: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to mix rows that were made in different ways in one output."""
-    changed = sorted(_differences(before, now, ""))
-    if changed:
-        raise JobError(
-            f"{output} was made in another way: {'; '.join(changed)}. "
-            "Give another output, or delete this one to start anew"
-        )
-
-
-def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    elif before != now and not name.endswith(".source"):
-        yield f"{name.removeprefix('rows.')} was {json.dumps(before)}, is now {json.dumps(now)}"
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
