@@ -51,7 +51,7 @@ _NOT_DESCRIBED = ("batch_size", "embedding_column", "model_path", "models_dir")
 
 #: On a CPU every forward pass has this many rows, so that a score depends on nothing but
 #: its embedding.
-_CPU_BLOCK_ROWS = 64
+_CPU_BLOCK_ROWS = 128
 
 
 class ImageClassifier:

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
 
     _add_classify_parser(commands)
+    _add_export_parser(commands)
 
     models = commands.add_parser("models", help="stage weights for machines without internet")
     fetch = models.add_subparsers(required=True, metavar="COMMAND").add_parser(
@@ -300,6 +301,92 @@ def _classify(options: argparse.Namespace) -> int:
         id_col=options.id_col,
         keep_embeddings=options.embeddings,
         device=options.device,
+    )
+    print(summary)
+    return 0
+
+
+def _add_export_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write new shards of the samples that satisfy a predicate",
+        description="Write WebDataset shards of the samples whose metadata satisfies a predicate. "
+        "Members are copied as they are, each shard gets a sidecar Parquet, and a run that was "
+        "stopped continues where it was when it is started again.",
+    )
+    export.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
+    export.add_argument("output", help="directory for the new shards")
+    export.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        metavar="INPUT",
+        help="the shards that were scored: the INPUT of `spark-nsfw score`",
+    )
+    export.add_argument(
+        "--where",
+        required=True,
+        metavar="PREDICATE",
+        help="what to keep, in Spark SQL over the metadata, such as 'nsfw_score < 0.5'",
+    )
+    export.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="regroup samples into shards of this many, named 00000, 00001 and so on "
+        "(default: the shards stay, with what is kept of each)",
+    )
+    export.add_argument(
+        "--renumber",
+        action="store_true",
+        help="give regrouped samples new keys such as 000420031",
+    )
+    export.add_argument(
+        "--old-id-col",
+        default="source_key",
+        metavar="NAME",
+        help="the sidecars' column that keeps the old keys then (default: %(default)s)",
+    )
+    export.add_argument(
+        "--shard-digits",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of the regrouped shards' numbers (default: %(default)s)",
+    )
+    export.add_argument(
+        "--columns",
+        metavar="A,B",
+        help="which columns of the metadata the sidecars get (default: all)",
+    )
+    export.add_argument(
+        "--keep-unscored",
+        action="store_true",
+        help="keep samples without a score, too, whatever the predicate says",
+    )
+    export.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from spark_nsfw.export import ExportOptions
+    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.spark.export import export_metadata
+    from spark_nsfw.spark.session import active_or_local_session
+
+    summary = export_metadata(
+        active_or_local_session(),
+        options.metadata,
+        options.output,
+        ShardInputs.parse(options.shards),
+        options.where,
+        columns=_names(options.columns),
+        keep_unscored=options.keep_unscored,
+        options=ExportOptions(
+            samples_per_shard=options.samples_per_shard,
+            renumber=options.renumber,
+            shard_digits=options.shard_digits,
+            old_id_col=options.old_id_col,
+        ),
     )
     print(summary)
     return 0

@@ -97,7 +97,8 @@ class Sidecar:
             )
         self._ids_are_integers = pa.types.is_integer(table[id_col].type)
         self._row_of = {str(value): row for row, value in enumerate(table[id_col].to_pylist())}
-        ours = any(b"spark_nsfw" in value for value in (table.schema.metadata or {}).values())
+        footer = (table.schema.metadata or {}).items()
+        ours = any(b"spark_nsfw" in key + value for key, value in footer)
         columns = {}
         for source_name in table.column_names:
             name = output_name(source_name, id_col)
