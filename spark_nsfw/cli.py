@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
 
     _add_classify_parser(commands)
+    _add_report_parser(commands)
     _add_export_parser(commands)
 
     models = commands.add_parser("models", help="stage weights for machines without internet")
@@ -303,6 +304,62 @@ def _classify(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(summary)
+    return 0
+
+
+def _add_report_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="show scores, failures and what thresholds keep, as one HTML page",
+        description="Show the distribution of scores, what each threshold keeps, failures, shards "
+        "that stand out, throughput and provenance of an output, as one self-contained HTML page.",
+    )
+    report.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
+    report.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
+    report.add_argument(
+        "--shards",
+        nargs="+",
+        metavar="INPUT",
+        help="the shards that were scored: adds images of every score band, blurred until clicked",
+    )
+    report.add_argument("--score-column", default="nsfw_score", metavar="NAME")
+    report.add_argument(
+        "--threshold", type=float, help="to compare shards at (default: the middle of the range)"
+    )
+    report.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="true or 1 where a sample is unsafe: adds precision, recall and ROC",
+    )
+    report.add_argument(
+        "--recall",
+        type=float,
+        default=0.95,
+        help="share of the labelled unsafe samples to remove, for which a threshold is found "
+        "(default: %(default)s)",
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.report import render
+    from spark_nsfw.spark.report import collect_report
+    from spark_nsfw.spark.session import active_or_local_session
+
+    data = collect_report(
+        active_or_local_session(),
+        options.metadata,
+        score_column=options.score_column,
+        threshold=options.threshold,
+        label_column=options.label_column,
+        wanted_recall=options.recall,
+        inputs=ShardInputs.parse(options.shards) if options.shards else None,
+    )
+    Path(options.output).write_text(render(data), "utf-8")
+    print(f"report    {options.output}")
     return 0
 
 

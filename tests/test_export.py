@@ -312,7 +312,8 @@ def test_clean_shards_have_the_bytes_of_what_was_selected(
         (frame["nsfw_score"] < threshold) & frame["shard"].isin(["00000", "00001", "00002"])
     ]
     expected = {
-        identity: originals(shards)[identity] for identity in zip(kept["shard"], kept["key"])
+        identity: originals(shards)[identity]
+        for identity in kept[["shard", "key"]].itertuples(index=False, name=None)
     }
     assert 5 < len(expected) < 33
     found = {
