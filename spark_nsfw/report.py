@@ -239,14 +239,12 @@ def render(data: ReportData) -> str:
 
 def _bands(data: ReportData) -> list[tuple[float, float, list[tuple[Thumbnail, str | None]]]]:
     """Score bands from low to high: their ends, and their thumbnails as data URLs."""
-    ends = np.linspace(data.low, data.high, NUM_BANDS + 1)
-    bands = []
-    for low, high in pairwise(ends.tolist()):
-        last = high == ends[-1]
-        inside = [t for t in data.thumbnails if low <= t.score and (t.score < high or last)]
-        if inside:
-            bands.append((low, high, [(t, _data_url(t.jpeg)) for t in inside]))
-    return bands
+    inside: list[list[tuple[Thumbnail, str | None]]] = [[] for _ in range(NUM_BANDS)]
+    for thumbnail in data.thumbnails:
+        position = int((thumbnail.score - data.low) / (data.high - data.low) * NUM_BANDS)
+        inside[min(position, NUM_BANDS - 1)].append((thumbnail, _data_url(thumbnail.jpeg)))
+    ends = pairwise(np.linspace(data.low, data.high, NUM_BANDS + 1).tolist())
+    return [(*both, some) for both, some in zip(ends, inside, strict=True) if some]
 
 
 def _data_url(jpeg: bytes | None) -> str | None:

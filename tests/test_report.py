@@ -190,8 +190,9 @@ def test_the_page_in_a_browser(page, chromium, tmp_path, name, width):
     assert found["after"][1:] == found["before"][1:]
 
     picture = tmp_path / f"{name}.png"
+    screenshot = [f"--screenshot={picture}", f"--window-size={max(width, 500)},3000"]
     subprocess.run(
-        [*chromium, profile, f"--screenshot={picture}", f"--window-size={max(width, 500)},3000", probe.as_uri()],
+        [*chromium, profile, "--hide-scrollbars", *screenshot, probe.as_uri()],
         capture_output=True, check=True, timeout=120,
     )  # fmt: skip
     pixels = np.asarray(Image.open(picture).convert("RGB"))[:, :width]
