@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "list_files", "open_input", "resolve"]
+__all__ = ["absolute", "expand_braces", "is_below", "list_files", "open_input", "resolve"]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -69,6 +70,23 @@ def open_input(url: str) -> BinaryIO:
     local = isinstance(filesystem, fs.LocalFileSystem)
     raw = filesystem.open_input_file(path)
     return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+
+
+def absolute(url: str) -> str:
+    """A path made absolute, a URL as it is: Spark's JVM may stand in another folder."""
+    return url if ":" in url or url.startswith("/") else os.path.abspath(url)
+
+
+def is_below(url: str, directory: str) -> bool:
+    """Whether one path or URL is the other, or below it; links are followed."""
+    return f"{_real(url)}/".startswith(f"{_real(directory)}/")
+
+
+def _real(url: str) -> str:
+    filesystem, path = resolve(url)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return str(Path(path).resolve())
+    return f"{filesystem.type_name}:{path.rstrip('/')}"
 
 
 def list_files(url: str) -> tuple[str, list[str]]:

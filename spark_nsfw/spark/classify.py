@@ -26,6 +26,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
+from spark_nsfw.storage import absolute, is_below
 from spark_nsfw.stored_embeddings import EmbeddingFile, StoredEmbeddings
 
 __all__ = ["classify_metadata"]
@@ -69,9 +70,10 @@ def classify_metadata(
         JobError: the output was made with other weights or columns.
         EmbeddingWidthError: a classifier takes embeddings of another width.
     """
+    metadata, output = absolute(metadata), absolute(output)
     stored = StoredEmbeddings.open(metadata, embedding_column, id_col)
-    if f"{output.rstrip('/')}/".startswith(f"{metadata.rstrip('/')}/"):
-        raise InputError(f"{output} is {metadata}, or below it: give another output")
+    if is_below(output, metadata):
+        raise InputError(f"{output} is in {metadata}, which is read: give another output")
     chosen = [classifier.for_embedding_size(stored.width) for classifier in classifiers]
     note = {
         "version": package_version(),

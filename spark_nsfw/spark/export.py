@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -40,7 +39,7 @@ from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.spark.writer import read_provenance, write_metadata, write_schema
-from spark_nsfw.storage import list_files, open_input, resolve
+from spark_nsfw.storage import absolute, is_below, list_files, open_input, resolve
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows"]
 
@@ -127,6 +126,7 @@ def export_metadata(
         InputError: arguments that cannot work.
         JobError: the output was made in another way, or the run failed.
     """
+    metadata = absolute(metadata)
     root, names = list_files(metadata)
     if not names:
         raise InputError(f"{metadata} does not exist, or has no metadata in it")
@@ -180,7 +180,7 @@ def export_rows(
         JobError: the output was made in another way, or the run failed.
     """
     spark, options = rows.sparkSession, options or ExportOptions()
-    output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
+    output = absolute(output)
     kept_columns = _kept_columns(rows, columns, options)
     _refuse_inside(output, [inputs.filesystem + root for root in inputs.roots])
     url_of = {inputs.shard_name(path): path for path in list_shards(spark, inputs)}
@@ -390,14 +390,8 @@ def _finish(
 def _refuse_inside(output: str, places: Sequence[str]) -> None:
     """Refuse an output that the next run over the input would take for input."""
     for place in places:
-        if f"{_real(output)}/".startswith(f"{_real(place)}/"):
+        if is_below(output, place):
             raise InputError(f"{output} is in {place}, which is read: give a directory of its own")
-
-
-def _real(url: str) -> str:
-    filesystem, path = resolve(url)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    return os.path.realpath(path) if local else f"{filesystem.type_name}:{path.rstrip('/')}"
 
 
 def _refuse_files_of_others(output: str) -> None:

@@ -22,7 +22,7 @@ from spark_nsfw.report import NUM_BANDS, NUM_BINS, LabelCounts, ReportData, Shar
 from spark_nsfw.samples import SampleOptions, iter_sample_batches
 from spark_nsfw.schema import IMAGE, KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.reader import list_shards
-from spark_nsfw.storage import resolve
+from spark_nsfw.storage import absolute, resolve
 
 __all__ = ["collect_report"]
 
@@ -54,6 +54,7 @@ def collect_report(
     Raises:
         InputError: a column is not there, or nothing has a score.
     """
+    metadata = absolute(metadata)
     notes = inspect_output(metadata)
     rows = spark.read.parquet(metadata)
     for name in (SHARD, STATUS, KEY, score_column, *([label_column] if label_column else [])):
