@@ -17,7 +17,7 @@ from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.provenance import provenance
 from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import IMAGE, KEY, SHARD
-from spark_nsfw.spark.export import ExportSummary, export_rows
+from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.udf import score_embeddings, score_shards, settled
@@ -214,7 +214,7 @@ class ImageTextPairDataset:
             F.col(f"`{filter_column}`"),
             self._inputs,
             os.fspath(path),
-            {"filter_column": filter_column},
+            {"filter_column": filter_column, "query_sha256": plan_digest(metadata)},
             options=ExportOptions(
                 samples_per_shard=samples_per_shard,
                 renumber=True,

@@ -3,8 +3,12 @@
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -220,6 +224,26 @@ def test_a_shard_that_cannot_be_opened_leaves_nothing_behind(tmp_path):
     with pytest.raises(FileNotFoundError):
         export_one(tmp_path, ["a"])
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_what_a_kill_leaves_is_under_no_final_name(tmp_path):
+    write_tar(tmp_path / "s.tar", [("a.jpg", b"x" * 3_000_000)])
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from spark_nsfw import export
+from test_export import export_one
+export._TarWriter.finish = lambda tar: os.kill(os.getpid(), signal.SIGKILL)
+export_one(Path({str(tmp_path)!r}), ["a"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {path.parent.as_posix() for path in left} == {"_spark_nsfw/partial"}
+    assert sum((tmp_path / "out" / path).stat().st_size for path in left) > 2_000_000
+    export_one(tmp_path, ["a"])
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == (tmp_path / "s.tar").read_bytes()
 
 
 def test_a_member_of_any_size_passes_through_little_memory(tmp_path):
@@ -497,3 +521,11 @@ def test_to_webdataset_is_nemo_curators(spark, tmp_path, embedder):
     assert list(zip(sidecar["source_shard"], sidecar["old_key"], strict=True)) == list(wide)
     assert sidecar["nsfw_score"].between(0, 1).all()
     assert sidecar["is_wide"].all()
+
+    again = embedder(ImageTextPairDataset.from_webdataset(str(tmp_path / "in"), id_col="key"))
+    same = {"samples_per_shard": 4, "max_shards": 3, "old_id_col": "old_key"}
+    again.metadata = again.metadata.withColumn("is_wide", F.col("width") > 480)
+    assert again.to_webdataset(str(tmp_path / "out"), "is_wide", **same) == summary
+    again.metadata = again.metadata.withColumn("is_wide", F.col("width") > 500)
+    with pytest.raises(JobError, match="query_sha256 was"):
+        again.to_webdataset(str(tmp_path / "out"), "is_wide", **same)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -83,11 +83,12 @@ def classify_metadata(
     }
     _refuse_another_output(output, note)
     schema = stored.output_schema(chosen, keep_embeddings)
+    reader = replace(stored, files=())  # a task needs to know of its own files only
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         files = (EmbeddingFile(**row) for batch in batches for row in batch.to_pylist())
         loaded = worker_classifiers(chosen)
-        return stored.score_files(files, loaded, worker_device(device), keep_embeddings)
+        return reader.score_files(files, loaded, worker_device(device), keep_embeddings)
 
     rows = [tuple(asdict(file).values()) for file in stored.files]
     files = spark.createDataFrame(rows, "shard string, parquet string, npy string")

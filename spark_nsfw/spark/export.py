@@ -8,9 +8,12 @@ files, so a run that was stopped goes on with the output shards that are not the
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -41,7 +44,7 @@ from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.spark.writer import read_provenance, write_metadata, write_schema
 from spark_nsfw.storage import absolute, is_below, list_files, open_input, resolve
 
-__all__ = ["ExportSummary", "export_metadata", "export_rows"]
+__all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
 
 #: Output shards share a task where there are more of them than this.
 _MAX_TASKS = 10_000
@@ -156,6 +159,15 @@ def export_metadata(
     )
 
 
+def plan_digest(rows: DataFrame) -> str:
+    """What tells rows that are yet to be computed from others, the same in every session."""
+    text = io.StringIO()
+    with redirect_stdout(text):
+        rows.explain(mode="extended")
+    analyzed = text.getvalue().partition("== Optimized")[0]
+    return hashlib.sha256(re.sub(r"#\d+L?", "", analyzed).encode()).hexdigest()
+
+
 def export_rows(
     rows: DataFrame,
     where: Column,
@@ -196,7 +208,8 @@ def export_rows(
         kept = scored & where
         if keep_unscored:
             kept = kept | (~scored & F.col(KEY).isNotNull())
-        plan = _freeze(rows.withColumn(_KEPT, F.coalesce(kept, F.lit(False))), output, request)
+        kept_rows = rows.withColumn(_KEPT, F.coalesce(kept, F.lit(False)))
+        plan = _freeze(kept_rows, output, request, options)
     else:
         refuse_another_note(output, plan["request"], request)
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
@@ -244,7 +257,9 @@ def _kept_columns(
     return [name for name in rows.columns if columns is None or name in always | {*columns}]
 
 
-def _freeze(rows: DataFrame, output: str, request: dict[str, Any]) -> dict[str, Any]:
+def _freeze(
+    rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
+) -> dict[str, Any]:
     """Write the rows to keep, once, and then the plan, which says that they are complete."""
     selection = f"{output}/{STATE}/selection"
     observation = Observation()
@@ -270,6 +285,7 @@ def _freeze(rows: DataFrame, output: str, request: dict[str, Any]) -> dict[str, 
         },
         "num_selected_by_shard": {row[SHARD]: row["count"] for row in by_shard},
     }
+    plan_shards(plan["num_selected_by_shard"], options)  # refused before the plan stands
     with new_file(f"{output}/{STATE}/plan.json", output) as file:
         file.write(json.dumps(plan, indent=1).encode())
     return plan
