@@ -11,7 +11,7 @@ test: $(VENV)/.ready
 	$(RUN)python -m pytest
 
 bench: $(VENV)/.ready
-	for name in pixels plans memory scale classify fidelity; do \
+	for name in pixels plans memory scale classify export fidelity; do \
 		$(RUN)python -m benchmarks.$$name || exit 1; \
 	done
 

@@ -207,7 +207,10 @@ class StoredEmbeddings:
                     f"{metadata} has no column {name!r}; there are {', '.join(merged.names)}"
                 )
         notes = [note_in(footer.metadata or {}) for footer in footers]
-        ours = {KEY, STATUS, ERROR_MESSAGE} <= set(merged.names) and notes[0] is not None
+        # img2dataset's sidecars have columns of these names, too, with another meaning.
+        ours = {KEY, STATUS, ERROR_MESSAGE} <= set(merged.names) and (
+            notes[0] is not None or _PARTITION.match(files[0].parquet) is not None
+        )
         columns = {}
         for name in merged.names:
             if name == embedding_column or (ours and name in (SHARD, KEY, STATUS, ERROR_MESSAGE)):
@@ -277,9 +280,12 @@ class StoredEmbeddings:
         filesystem, path = resolve(file.parquet)
         with filesystem.open_input_file(path) as stream:  # no Python between Parquet and bytes
             parquet = pq.ParquetFile(stream)
-            wanted = {*self.columns, self.id_col, STATUS, ERROR_MESSAGE, KEY}
+            needed = {self.id_col, *([self.embedding_column] if file.npy is None else [])}
+            missing = needed - set(parquet.schema_arrow.names)
+            if missing:
+                raise ShardUnreadableError(f"it has no column {', '.join(sorted(missing))}")
             if file.npy is None:
-                wanted.add(self.embedding_column)
+                wanted = needed | {*self.columns, STATUS, ERROR_MESSAGE}
                 for rows in parquet.iter_batches(
                     _BATCH_ROWS, columns=[n for n in parquet.schema_arrow.names if n in wanted]
                 ):

@@ -132,6 +132,14 @@ def test_a_file_that_cannot_be_read_is_a_row(tmp_path, golden, classifier):
     assert "00001.parquet" in last["error_message"]
 
 
+def test_a_file_without_the_column_is_a_row(tmp_path, golden, classifier):
+    write_sidecar(tmp_path / "00000.parquet", golden[:3])
+    pq.write_table(pa.table({"key": ["a"]}), tmp_path / "00001.parquet")
+    *_, last = rows_of(tmp_path, classifier).to_pylist()
+    assert (last["shard"], last["status"]) == ("00001", "shard_unreadable")
+    assert last["error_message"].endswith("00001.parquet: it has no column image_embedding")
+
+
 def test_an_npy_that_is_shorter_or_longer_than_its_rows_is_a_row(tmp_path, golden, classifier):
     write_clip_retrieval(tmp_path, 0, golden[:5])
     write_clip_retrieval(tmp_path, 1, golden[:5])
