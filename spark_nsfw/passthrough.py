@@ -83,13 +83,19 @@ class Sidecar:
 
     Args:
         table: the file's rows.
-        id_col: the column whose values are the samples' ids.
+        id_col: the column whose values are the samples' ids. A file that this package wrote
+            has the samples' keys instead: after an export with new keys, a sample's JSON
+            still names its old one.
 
     Raises:
         ShardUnreadableError: the table has no such column.
     """
 
     def __init__(self, table: pa.Table, id_col: str) -> None:
+        footer = (table.schema.metadata or {}).items()
+        self.has_keys = any(b"spark_nsfw" in name + value for name, value in footer)
+        if self.has_keys:
+            id_col = KEY
         if id_col not in table.column_names:
             raise ShardUnreadableError(
                 f"the sidecar has no column {id_col!r} to match samples by; "
@@ -97,12 +103,10 @@ class Sidecar:
             )
         self._ids_are_integers = pa.types.is_integer(table[id_col].type)
         self._row_of = {str(value): row for row, value in enumerate(table[id_col].to_pylist())}
-        footer = (table.schema.metadata or {}).items()
-        ours = any(b"spark_nsfw" in key + value for key, value in footer)
         columns = {}
         for source_name in table.column_names:
             name = output_name(source_name, id_col)
-            if name is None or (ours and source_name in CONTRACT_COLUMNS):
+            if name is None or (self.has_keys and source_name in CONTRACT_COLUMNS):
                 continue
             columns[name] = table[source_name].combine_chunks()
         self.columns: dict[str, pa.Array] = columns
@@ -254,7 +258,9 @@ def passthrough_arrays(
     from_sidecar: dict[str, pa.Array] = {}
     if sidecar is not None:
         rows = [
-            None if key is None else sidecar.row(about.sample_id or key)
+            None
+            if key is None
+            else sidecar.row(key if sidecar.has_keys else about.sample_id or key)
             for key, about in zip(keys, descriptions, strict=True)
         ]
         indices = pa.array(rows, pa.int64())

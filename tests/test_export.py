@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -362,20 +361,21 @@ def test_clean_shards_have_the_bytes_of_what_was_selected(
     assert left == ["plan.json"]
 
 
-def test_the_output_is_a_dataset_that_can_be_scored_and_exported_again(
+def test_the_output_is_a_dataset_whose_sidecar_rows_stay_with_their_samples(
     spark, scored, shards, tmp_path, embedder
 ):
-    regroup = ["--samples-per-shard=7", "--renumber", "--where=nsfw_score >= 0"]
+    # New keys of the old ones' form: a sample's JSON names the new key of another sample.
+    regroup = ["--samples-per-shard=2000", "--renumber", "--where=nsfw_score >= 0"]
     assert main(command(scored, tmp_path / "out", shards, *regroup)) == 0
     dataset = ImageTextPairDataset.from_webdataset(str(tmp_path / "out"))
-    rows = embedder(dataset).metadata.select("shard", "key", "status", "source_key", "nsfw_score")
-    frame = rows.toPandas()
-    assert set(frame["status"]) == {"ok"}
-    _, before = scored
-    assert sorted(frame["nsfw_score"]) == sorted(before["nsfw_score"].dropna())
-    sizes = Counter(frame["shard"])
-    assert sorted(sizes) == [f"{i:05}" for i in range(len(sizes))]
-    assert set(list(sizes.values())[:-1]) == {7}
+    columns = ["key", "status", "source_shard", "source_key", "nsfw_score"]
+    found = embedder(dataset).metadata.select(columns).toPandas()
+    assert set(found["status"]) == {"ok"}
+    assert found["key"].tolist() == [f"{i:09}" for i in range(len(found))]
+    before = scored[1].dropna(subset="nsfw_score").set_index(["shard", "key"])["nsfw_score"]
+    after = found.set_index(["source_shard", "source_key"])["nsfw_score"]
+    assert after.to_dict() == before.to_dict()
+    assert (found["key"] != found["source_key"]).sum() > 20
 
 
 def test_a_run_that_was_stopped_goes_on(spark, scored, shards, tmp_path, monkeypatch, capsys):

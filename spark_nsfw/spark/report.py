@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
-from spark_nsfw.errors import ImageError, InputError
+from spark_nsfw.errors import ImageError, InputError, ShardError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.pixels import decode_image, encode_jpeg
 from spark_nsfw.provenance import inspect_output
 from spark_nsfw.report import NUM_BANDS, NUM_BINS, LabelCounts, ReportData, ShardCounts, Thumbnail
-from spark_nsfw.samples import SampleOptions, iter_sample_batches
-from spark_nsfw.schema import IMAGE, KEY, SHARD, STATUS, Status
+from spark_nsfw.samples import IMAGE_EXTENSIONS
+from spark_nsfw.schema import KEY, SHARD, STATUS, Status
+from spark_nsfw.shards import MAX_MEMBER_BYTES, Member, iter_runs, split_name
 from spark_nsfw.spark.reader import list_shards
-from spark_nsfw.storage import absolute, resolve
+from spark_nsfw.storage import absolute, open_input, resolve
 
 __all__ = ["collect_report"]
 
@@ -159,27 +161,34 @@ def _draw(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Shards and keys → thumbnails of those images that can still be read."""
     for batch in batches:
         for row in batch.to_pylist():
-            remaining = set(row["keys"])
-            found: list[tuple[str, str, bytes]] = []
-            for samples in iter_sample_batches([(row["url"], row["shard"])], SampleOptions()):
-                keys, images = samples.column(KEY).to_pylist(), samples.column(IMAGE)
-                for position, key in enumerate(keys):
-                    if key in remaining and images[position].is_valid:
-                        jpeg = _thumbnail(images[position].as_buffer())
-                        if jpeg is not None:
-                            found.append((row["shard"], key, jpeg))
-                        remaining.discard(key)
-                if not remaining:
-                    break
-            columns: Sequence[Sequence[object]] = list(zip(*found, strict=True)) or [[], [], []]
-            types = (pa.string(), pa.string(), pa.binary())
-            arrays = [pa.array(c, t) for c, t in zip(columns, types, strict=True)]
+            found = dict(_iter_thumbnails(row["url"], set(row["keys"])))
+            arrays = [
+                pa.array([row["shard"]] * len(found), pa.string()),
+                pa.array(found.keys(), pa.string()),
+                pa.array(found.values(), pa.binary()),
+            ]
             yield pa.RecordBatch.from_arrays(arrays, names=["shard", "key", "jpeg"])
 
 
-def _thumbnail(image: pa.Buffer) -> bytes | None:
-    try:
-        pixels: npt.NDArray[np.uint8] = decode_image(memoryview(image), _THUMBNAIL_SIDE)
-    except ImageError:
-        return None
-    return encode_jpeg(pixels)
+def _iter_thumbnails(url: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Key and thumbnail of each of these samples; no other one's content is read."""
+    with suppress(ShardError, OSError), open_input(url) as stream:
+        for key, run in iter_runs(stream):
+            if key in keys:
+                keys.remove(key)
+                with suppress(ImageError):
+                    image = _read_image(stream, run)
+                    yield key, encode_jpeg(decode_image(image, _THUMBNAIL_SIDE))
+            if not keys:
+                return
+
+
+def _read_image(stream: BinaryIO, run: Sequence[Member]) -> bytes:
+    """The encoded image of a sample; nothing where it has none."""
+    member_of = {(split_name(member.name) or ("", ""))[1]: member for member in run}
+    for extension in IMAGE_EXTENSIONS:
+        if extension in member_of:
+            header = member_of[extension].header
+            stream.seek(header.offset_data)
+            return stream.read(min(header.size, MAX_MEMBER_BYTES))
+    return b""
