@@ -128,7 +128,13 @@ class ImageTextPairDataset:
         return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
 
     def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
-        """The same dataset, embedded, and scored by the embedder's classifiers."""
+        """The same dataset, embedded, and scored by the embedder's classifiers.
+
+        Raises:
+            InputError: its metadata has been set already, and would be lost.
+        """
+        if self._metadata is not None:
+            raise InputError("embed the dataset first, then set its metadata")
         return ImageTextPairDataset(
             self.path, self.id_col, self.spark, self.captions, embedder, embedder.classifiers
         )
