@@ -33,6 +33,11 @@ if ! java_is_good; then
     }
 fi
 
+if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then
+    echo "setup: no browser for the test that looks at the report, installing Chromium"
+    install_package chromium chromium-browser || echo "setup: none to be had; that test is skipped"
+fi
+
 if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))'; then
     echo "setup: Python 3.10, 3.11 or 3.12 is needed; name one with PYTHON=python3.11" >&2
     exit 1

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark_nsfw.classifiers import ImageClassifier, NsfwClassifier
+    from spark_nsfw.classifiers import AestheticClassifier, ImageClassifier, NsfwClassifier
     from spark_nsfw.dataset import ImageTextPairDataset
     from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.errors import SparkNsfwError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spark_nsfw.spark.udf import nsfw_udf, score_samples
 
 _MODULES = {
+    "AestheticClassifier": "classifiers",
     "ImageClassifier": "classifiers",
     "ImageTextPairDataset": "dataset",
     "NsfwClassifier": "classifiers",
@@ -38,6 +39,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AestheticClassifier",
     "ImageClassifier",
     "ImageTextPairDataset",
     "NsfwClassifier",

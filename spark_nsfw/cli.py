@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
 
 if TYPE_CHECKING:
+    from spark_nsfw.classifiers import ImageClassifier
     from spark_nsfw.spark.summary import Summary
 
 __all__ = ["main"]
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_score_arguments(score)
     score.set_defaults(run=_score)
 
+    _add_classify_parser(commands)
+    _add_report_parser(commands)
+    _add_export_parser(commands)
+
     models = commands.add_parser("models", help="stage weights for machines without internet")
     fetch = models.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "fetch",
@@ -68,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "--model", action="append", help=f"timm tower; may be repeated (default: {_DEFAULT_MODEL})"
     )
+    fetch.add_argument("--aesthetic", action="store_true", help="LAION-Aesthetics V2, too")
     fetch.set_defaults(run=_fetch)
 
     inspect = commands.add_parser(
@@ -110,25 +116,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="width of the embeddings, for towers without a projection of their own",
     )
-    model.add_argument(
-        "--nsfw-checkpoint",
-        metavar="FILE",
-        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
-        "safetensors (default: LAION's, downloaded once)",
-    )
-    model.add_argument(
-        "--nsfw-variant",
-        choices=["torch", "laion"],
-        default="torch",
-        help="torch: scores as NeMo Curator and DataComp have them; laion: as LAION's "
-        "TensorFlow model gives them (default: %(default)s)",
-    )
-
-    model.add_argument(
-        "--models",
-        metavar="DIR",
-        help="directory or URL made by `spark-nsfw models fetch`, instead of the internet",
-    )
+    _add_classifier_arguments(model)
 
     speed = parser.add_argument_group("speed")
     speed.add_argument(
@@ -234,9 +222,56 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--nsfw-checkpoint",
+        metavar="FILE",
+        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
+        "safetensors (default: LAION's, downloaded once)",
+    )
+    group.add_argument(
+        "--nsfw-variant",
+        choices=["torch", "laion"],
+        default="torch",
+        help="torch: scores as NeMo Curator and DataComp have them; laion: as LAION's "
+        "TensorFlow model gives them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--aesthetic",
+        action="store_true",
+        help="score with LAION-Aesthetics V2, too, into aesthetic_score (ViT-L/14 only)",
+    )
+    group.add_argument(
+        "--aesthetic-checkpoint",
+        metavar="FILE",
+        help="its sac+logos+ava1-l14-linearMSE.pth (default: downloaded once)",
+    )
+    group.add_argument(
+        "--models",
+        metavar="DIR",
+        help="directory or URL made by `spark-nsfw models fetch`, instead of the internet",
+    )
+
+
+def _classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
+    from spark_nsfw.classifiers import AestheticClassifier, NsfwClassifier
+
+    classifiers: list[ImageClassifier] = [
+        NsfwClassifier(
+            model_path=options.nsfw_checkpoint,
+            variant=options.nsfw_variant,
+            models_dir=options.models,
+        )
+    ]
+    if options.aesthetic or options.aesthetic_checkpoint:
+        classifiers.append(
+            AestheticClassifier(model_path=options.aesthetic_checkpoint, models_dir=options.models)
+        )
+    return classifiers
+
+
 def _score(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` does not wait for torch and Spark.
-    from spark_nsfw.classifiers import NsfwClassifier
     from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.inputs import ShardInputs
     from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
@@ -254,13 +289,7 @@ def _score(options: argparse.Namespace) -> int:
         embedding_size=options.embedding_size,
         decode=options.decode,
         models_dir=options.models,
-        classifiers=[
-            NsfwClassifier(
-                model_path=options.nsfw_checkpoint,
-                variant=options.nsfw_variant,
-                models_dir=options.models,
-            )
-        ],
+        classifiers=_classifiers(options),
     )
     extensions = _names(options.image_extensions)
     job = JobOptions(
@@ -350,10 +379,204 @@ def _status_of(summary: Summary, max_failed: float | int | None) -> int:
     return 0
 
 
+def _add_classify_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    classify = commands.add_parser(
+        "classify",
+        help="score embeddings that are already there, without reading an image",
+        description="Score stored embeddings: an output of `spark-nsfw score`, sidecars such as "
+        "NeMo Curator's with a column of embeddings, or clip-retrieval's img_emb/*.npy with "
+        "metadata/*.parquet.",
+    )
+    classify.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
+    classify.add_argument("output", help="directory for the Parquet metadata")
+    _add_classifier_arguments(classify.add_argument_group("models"))
+    classify.add_argument(
+        "--embedding-column",
+        default="image_embedding",
+        metavar="NAME",
+        help="holds the embeddings (default: %(default)s)",
+    )
+    classify.add_argument(
+        "--id-col",
+        metavar="NAME",
+        help="holds the samples' keys (default: key; for clip-retrieval image_path)",
+    )
+    classify.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="copy the embeddings to the output (default: no)",
+    )
+    classify.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    classify.set_defaults(run=_classify)
+
+
+def _classify(options: argparse.Namespace) -> int:
+    from spark_nsfw.spark.classify import classify_metadata
+    from spark_nsfw.spark.session import active_or_local_session
+
+    summary = classify_metadata(
+        active_or_local_session(),
+        options.metadata,
+        options.output,
+        _classifiers(options),
+        embedding_column=options.embedding_column,
+        id_col=options.id_col,
+        keep_embeddings=options.embeddings,
+        device=options.device,
+    )
+    print(summary)
+    return 0
+
+
+def _add_report_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="show scores, failures and what thresholds keep, as one HTML page",
+        description="Show the distribution of scores, what each threshold keeps, failures, shards "
+        "that stand out, throughput and provenance of an output, as one self-contained HTML page.",
+    )
+    report.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
+    report.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
+    report.add_argument(
+        "--shards",
+        nargs="+",
+        metavar="INPUT",
+        help="the shards that were scored: adds images of every score band, blurred until clicked",
+    )
+    report.add_argument("--score-column", default="nsfw_score", metavar="NAME")
+    report.add_argument(
+        "--threshold", type=float, help="to compare shards at (default: the middle of the range)"
+    )
+    report.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="true or 1 where a sample is unsafe: adds precision, recall and ROC",
+    )
+    report.add_argument(
+        "--recall",
+        type=float,
+        default=0.95,
+        help="share of the labelled unsafe samples to remove, for which a threshold is found "
+        "(default: %(default)s)",
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.report import render
+    from spark_nsfw.spark.report import collect_report
+    from spark_nsfw.spark.session import active_or_local_session
+
+    data = collect_report(
+        active_or_local_session(),
+        options.metadata,
+        score_column=options.score_column,
+        threshold=options.threshold,
+        label_column=options.label_column,
+        wanted_recall=options.recall,
+        inputs=ShardInputs.parse(options.shards) if options.shards else None,
+    )
+    Path(options.output).write_text(render(data), "utf-8")
+    print(f"report    {options.output}")
+    return 0
+
+
+def _add_export_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write new shards of the samples that satisfy a predicate",
+        description="Write WebDataset shards of the samples whose metadata satisfies a predicate. "
+        "Members are copied as they are, each shard gets a sidecar Parquet, and a run that was "
+        "stopped continues where it was when it is started again.",
+    )
+    export.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
+    export.add_argument("output", help="directory for the new shards")
+    export.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        metavar="INPUT",
+        help="the shards that were scored: the INPUT of `spark-nsfw score`",
+    )
+    export.add_argument(
+        "--where",
+        required=True,
+        metavar="PREDICATE",
+        help="what to keep, in Spark SQL over the metadata, such as 'nsfw_score < 0.5'",
+    )
+    export.add_argument(
+        "--samples-per-shard",
+        type=int,
+        metavar="N",
+        help="regroup samples into shards of this many, named 00000, 00001 and so on "
+        "(default: the shards stay, with what is kept of each)",
+    )
+    export.add_argument(
+        "--renumber",
+        action="store_true",
+        help="give regrouped samples new keys such as 000420031",
+    )
+    export.add_argument(
+        "--old-id-col",
+        default="source_key",
+        metavar="NAME",
+        help="the sidecars' column that keeps the old keys then (default: %(default)s)",
+    )
+    export.add_argument(
+        "--shard-digits",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of the regrouped shards' numbers (default: %(default)s)",
+    )
+    export.add_argument(
+        "--columns",
+        metavar="A,B",
+        help="which columns of the metadata the sidecars get (default: all)",
+    )
+    export.add_argument(
+        "--keep-unscored",
+        action="store_true",
+        help="keep samples without a score, too, whatever the predicate says",
+    )
+    export.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from spark_nsfw.export import ExportOptions
+    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.spark.export import export_metadata
+    from spark_nsfw.spark.session import active_or_local_session
+
+    summary = export_metadata(
+        active_or_local_session(),
+        options.metadata,
+        options.output,
+        ShardInputs.parse(options.shards),
+        options.where,
+        columns=_names(options.columns),
+        keep_unscored=options.keep_unscored,
+        options=ExportOptions(
+            samples_per_shard=options.samples_per_shard,
+            renumber=options.renumber,
+            shard_digits=options.shard_digits,
+            old_id_col=options.old_id_col,
+        ),
+    )
+    print(summary)
+    return 0
+
+
 def _fetch(options: argparse.Namespace) -> int:
+    from spark_nsfw.classifiers import AESTHETIC_FILE
     from spark_nsfw.models import fetch_models
 
-    fetch_models(options.directory, options.model or [_DEFAULT_MODEL])
+    others = [AESTHETIC_FILE] if options.aesthetic else []
+    fetch_models(options.directory, options.model or [_DEFAULT_MODEL], others=others)
     return 0
 
 

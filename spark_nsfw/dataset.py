@@ -12,13 +12,15 @@ from pyspark.sql import functions as F
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError
+from spark_nsfw.export import ExportOptions
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.provenance import provenance
 from spark_nsfw.samples import SampleOptions
-from spark_nsfw.schema import IMAGE, SHARD
+from spark_nsfw.schema import IMAGE, KEY, SHARD
+from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
 from spark_nsfw.spark.session import active_or_local_session
-from spark_nsfw.spark.udf import classifier_udf, score_shards, settled
+from spark_nsfw.spark.udf import score_embeddings, score_shards, settled
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
@@ -56,6 +58,7 @@ class ImageTextPairDataset:
         self.embedder = embedder
         self.classifiers = tuple(classifiers)
         self._inputs = ShardInputs.parse(path)
+        self._metadata: DataFrame | None = None
 
     @classmethod
     def from_webdataset(
@@ -101,18 +104,23 @@ class ImageTextPairDataset:
     def metadata(self) -> DataFrame:
         """One row per sample: the dataset's own columns and those added so far, not yet computed.
 
-        See `spark_nsfw.schema` for the columns.
+        See `spark_nsfw.schema` for the columns. May be set to itself with more columns or
+        fewer rows.
         """
+        if self._metadata is not None:
+            return self._metadata
         paths = shard_paths(self.spark, self._inputs)
         if self.embedder is None:
             metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
-            for classifier in self.classifiers:
-                metadata = _with_stored_scores(metadata, classifier)
-            return metadata
+            return _with_stored_scores(metadata, self.classifiers) if self.classifiers else metadata
         embedder = self.embedder.with_precision_of(device_kind(self.spark))
         scored = score_shards(paths, self._inputs, self._options, embedder, self.classifiers)
         note = provenance(embedder, settled(embedder, self.classifiers))
         return with_provenance(scored, self._result_columns, note)
+
+    @metadata.setter
+    def metadata(self, metadata: DataFrame) -> None:
+        self._metadata = metadata
 
     @property
     def _result_columns(self) -> list[str]:
@@ -120,7 +128,13 @@ class ImageTextPairDataset:
         return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
 
     def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
-        """The same dataset, embedded, and scored by the embedder's classifiers."""
+        """The same dataset, embedded, and scored by the embedder's classifiers.
+
+        Raises:
+            InputError: its metadata has been set already, and would be lost.
+        """
+        if self._metadata is not None:
+            raise InputError("embed the dataset first, then set its metadata")
         return ImageTextPairDataset(
             self.path, self.id_col, self.spark, self.captions, embedder, embedder.classifiers
         )
@@ -131,7 +145,7 @@ class ImageTextPairDataset:
         Embeddings that are yet to be computed are classified in the same pass; without
         an embedder the classifier reads the dataset's column of stored embeddings.
         """
-        return ImageTextPairDataset(
+        dataset = ImageTextPairDataset(
             self.path,
             self.id_col,
             self.spark,
@@ -139,6 +153,9 @@ class ImageTextPairDataset:
             self.embedder,
             (*self.classifiers, classifier),
         )
+        if self._metadata is not None:
+            dataset.metadata = _with_stored_scores(self._metadata, [classifier])
+        return dataset
 
     def save_metadata(self, path: str | None = None, columns: Sequence[str] | None = None) -> None:
         """Compute the metadata and write it as Parquet.
@@ -171,6 +188,49 @@ class ImageTextPairDataset:
         write_metadata(metadata, staging)
         self._move_beside_shards(staging)
 
+    def to_webdataset(
+        self,
+        path: str,
+        filter_column: str,
+        samples_per_shard: int = 10_000,
+        max_shards: int = 5,
+        old_id_col: str | None = None,
+    ) -> ExportSummary:
+        """Write the samples that a column of booleans says to keep to new shards.
+
+        All members of a sample are copied as they are under its new key, and every shard
+        gets a sidecar Parquet with the metadata. Samples whose ``status`` is not ``ok``
+        are left out. `spark_nsfw.spark.export.export_metadata` offers more.
+
+        Args:
+            path: a directory of its own for the new shards.
+            filter_column: of `metadata`, true for the samples to keep.
+            samples_per_shard: of every shard but the last.
+            max_shards: digits of the shards' numbers.
+            old_id_col: the column that keeps the old ids; None takes ``source_key``.
+
+        Raises:
+            InputError: arguments that cannot work.
+            JobError: the output was made in another way, or the run failed.
+        """
+        metadata = self.metadata
+        if dict(metadata.dtypes).get(filter_column) != "boolean":
+            raise InputError(f"metadata has no column {filter_column!r} of booleans")
+        return export_rows(
+            metadata,
+            F.col(f"`{filter_column}`"),
+            self._inputs,
+            os.fspath(path),
+            {"filter_column": filter_column, "query_sha256": plan_digest(metadata)},
+            options=ExportOptions(
+                samples_per_shard=samples_per_shard,
+                renumber=True,
+                shard_digits=max_shards,
+                id_col=self.id_col if self.id_col in metadata.columns else KEY,
+                old_id_col=old_id_col or "source_key",
+            ),
+        )
+
     def _move_beside_shards(self, staging: str) -> None:
         """Give each shard's one Parquet file the place and name of its sidecar."""
         from pyarrow.fs import FileSelector
@@ -192,13 +252,11 @@ def _partition_value(path: str) -> str:
     return unquote(path.rsplit(f"/{SHARD}=", maxsplit=1)[-1].split("/", maxsplit=1)[0])
 
 
-def _with_stored_scores(metadata: DataFrame, classifier: ImageClassifier) -> DataFrame:
-    column = classifier.embedding_column
-    if column not in metadata.columns:
-        raise InputError(
-            f"the dataset has no column {column!r} of embeddings to classify: "
-            "embed it first with TimmImageEmbedder"
-        )
-    return metadata.withColumn(
-        classifier.pred_column, classifier_udf(classifier)(F.col(f"`{column}`"))
-    )
+def _with_stored_scores(metadata: DataFrame, classifiers: Sequence[ImageClassifier]) -> DataFrame:
+    for column in {classifier.embedding_column for classifier in classifiers}:
+        if column not in metadata.columns:
+            raise InputError(
+                f"the dataset has no column {column!r} of embeddings to classify: "
+                "embed it first with TimmImageEmbedder"
+            )
+    return score_embeddings(metadata, classifiers)

@@ -60,6 +60,11 @@ class ShardInputs:
         return f"{filesystem}/{{{','.join(_split(glob)[1].lstrip('/') for glob in globs)}}}"
 
     @property
+    def filesystem(self) -> str:
+        """Of all inputs, such as ``s3a://bucket``; empty for local paths."""
+        return _split(self.patterns[0])[0]
+
+    @property
     def roots(self) -> tuple[str, ...]:
         """The directories below which shards are named, longest first."""
         roots = {_root(pattern) for pattern in self.patterns}

@@ -18,7 +18,7 @@ from pathlib import Path
 from spark_nsfw.errors import WeightsUnavailableError
 from spark_nsfw.laion import DETECTORS
 from spark_nsfw.storage import open_input
-from spark_nsfw.weights import download, file_sha256, hub_file
+from spark_nsfw.weights import PublishedFile, download, file_sha256, hub_file
 
 __all__ = ["fetch_models", "staged_file"]
 
@@ -26,7 +26,10 @@ _CHECKSUMS = "SHA256SUMS"
 
 
 def fetch_models(
-    directory: str | Path, model_names: Sequence[str], report: Callable[[str], None] = print
+    directory: str | Path,
+    model_names: Sequence[str],
+    report: Callable[[str], None] = print,
+    others: Sequence[PublishedFile] = (),
 ) -> None:
     """Fetch towers and detectors, and write their checksums beside them.
 
@@ -34,14 +37,16 @@ def fetch_models(
         directory: is made if it is not there; files in it are replaced.
         model_names: timm's towers.
         report: is given a line per file.
+        others: weights of further classifiers.
 
     Raises:
         WeightsUnavailableError: a file cannot be fetched.
-        ChecksumError: a detector is not the one that LAION published.
+        ChecksumError: a file is not the one that was published.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = [download(d.url, d.file_name, d.sha256) for d in DETECTORS.values()]
+    files += [download(other.url, other.file_name, other.sha256) for other in others]
     targets = [(path, path.name) for path in files]
     for name in model_names:
         path = Path(hub_file(name))

@@ -21,7 +21,15 @@ from spark_nsfw.schema import CONTRACT_COLUMNS, EXTRA_JSON, KEY
 from spark_nsfw.shards import iter_samples
 from spark_nsfw.storage import open_input
 
-__all__ = ["Description", "Sidecar", "describe", "infer_passthrough", "passthrough_arrays"]
+__all__ = [
+    "Description",
+    "Sidecar",
+    "describe",
+    "infer_passthrough",
+    "output_name",
+    "passthrough_arrays",
+    "spark_type",
+]
 
 #: How many samples of a shard are looked at to type the keys of its JSON members.
 _INFERENCE_SAMPLES = 100
@@ -43,20 +51,28 @@ _SPARK_TYPES = {
 }
 
 
-def _spark_type(data_type: pa.DataType) -> pa.DataType:
+def spark_type(data_type: pa.DataType) -> pa.DataType:
+    """The narrowest type that Spark has and that holds all values of this one."""
     if pa.types.is_dictionary(data_type):
-        return _spark_type(data_type.value_type)
-    if pa.types.is_list(data_type) or pa.types.is_large_list(data_type):
-        return pa.list_(_spark_type(data_type.value_type))
+        return spark_type(data_type.value_type)
+    if (
+        pa.types.is_list(data_type)
+        or pa.types.is_large_list(data_type)
+        or pa.types.is_fixed_size_list(data_type)
+    ):
+        return pa.list_(spark_type(data_type.value_type))
     if pa.types.is_timestamp(data_type) and data_type.tz is not None:
         return pa.timestamp("us", tz="UTC")
     if pa.types.is_struct(data_type):
-        return pa.struct([(child.name, _spark_type(child.type)) for child in data_type])
+        return pa.struct([(child.name, spark_type(child.type)) for child in data_type])
     return _SPARK_TYPES.get(data_type, data_type)
 
 
-def _output_name(source_name: str, id_col: str) -> str | None:
-    """``status`` → ``source_status``; None for the id where it repeats our ``key``."""
+def output_name(source_name: str, id_col: str) -> str | None:
+    """A dataset's column → its name beside ours.
+
+    ``status`` → ``source_status``; None for the id where it repeats our ``key``.
+    """
     if source_name == id_col == KEY:
         return None
     return f"source_{source_name}" if source_name in CONTRACT_COLUMNS else source_name
@@ -67,13 +83,19 @@ class Sidecar:
 
     Args:
         table: the file's rows.
-        id_col: the column whose values are the samples' ids.
+        id_col: the column whose values are the samples' ids. A file that this package wrote
+            has the samples' keys instead: after an export with new keys, a sample's JSON
+            still names its old one.
 
     Raises:
         ShardUnreadableError: the table has no such column.
     """
 
     def __init__(self, table: pa.Table, id_col: str) -> None:
+        footer = (table.schema.metadata or {}).items()
+        self.has_keys = any(b"spark_nsfw" in name + value for name, value in footer)
+        if self.has_keys:
+            id_col = KEY
         if id_col not in table.column_names:
             raise ShardUnreadableError(
                 f"the sidecar has no column {id_col!r} to match samples by; "
@@ -81,11 +103,10 @@ class Sidecar:
             )
         self._ids_are_integers = pa.types.is_integer(table[id_col].type)
         self._row_of = {str(value): row for row, value in enumerate(table[id_col].to_pylist())}
-        ours = any(b"spark_nsfw" in value for value in (table.schema.metadata or {}).values())
         columns = {}
         for source_name in table.column_names:
-            name = _output_name(source_name, id_col)
-            if name is None or (ours and source_name in CONTRACT_COLUMNS):
+            name = output_name(source_name, id_col)
+            if name is None or (self.has_keys and source_name in CONTRACT_COLUMNS):
                 continue
             columns[name] = table[source_name].combine_chunks()
         self.columns: dict[str, pa.Array] = columns
@@ -141,7 +162,7 @@ def describe(content: bytes | None, id_col: str) -> Description:
     except ValueError as exc:
         raw = content.decode("utf-8", "replace")
         return Description(problem=f"the .json member cannot be used: {exc}", raw=raw)
-    named = ((_output_name(name, id_col), value) for name, value in parsed.items())
+    named = ((output_name(name, id_col), value) for name, value in parsed.items())
     return Description(
         sample_id=str(parsed[id_col]) if id_col in parsed else None,
         values={name: value for name, value in named if name is not None},
@@ -179,7 +200,7 @@ def infer_passthrough(
         types = {name: array.type for name, array in sidecar.columns.items()} | {
             name: data_type for name, data_type in types.items() if name not in sidecar.columns
         }
-    fields = {name: pa.field(name, _spark_type(data_type)) for name, data_type in types.items()}
+    fields = {name: pa.field(name, spark_type(data_type)) for name, data_type in types.items()}
     if columns is None:
         extra = [pa.field(EXTRA_JSON, pa.string())] if fields else []
         return [*fields.values(), *extra]
@@ -237,7 +258,9 @@ def passthrough_arrays(
     from_sidecar: dict[str, pa.Array] = {}
     if sidecar is not None:
         rows = [
-            None if key is None else sidecar.row(about.sample_id or key)
+            None
+            if key is None
+            else sidecar.row(key if sidecar.has_keys else about.sample_id or key)
             for key, about in zip(keys, descriptions, strict=True)
         ]
         indices = pa.array(rows, pa.int64())

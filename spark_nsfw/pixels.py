@@ -20,7 +20,14 @@ from torch import nn
 
 from spark_nsfw.errors import OversizedImageError, UndecodableImageError
 
-__all__ = ["DECODES", "MAX_IMAGE_PIXELS", "center_crop_box", "decode_image", "resized_size"]
+__all__ = [
+    "DECODES",
+    "MAX_IMAGE_PIXELS",
+    "center_crop_box",
+    "decode_image",
+    "encode_jpeg",
+    "resized_size",
+]
 
 Decode = Literal["exact", "fast"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
@@ -101,6 +108,11 @@ def decode_image(
         ) from exc
     except Exception as exc:  # pillow's plugins raise what they like on damaged files
         raise UndecodableImageError(f"{type(exc).__name__}: {exc}") from exc
+
+
+def encode_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """A small picture to look at: uint8 (H, W, 3), RGB → a JPEG file."""
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=75))
 
 
 def _check_size(width: int, height: int, size: int, max_pixels: int) -> None:

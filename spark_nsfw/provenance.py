@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
-from spark_nsfw.errors import InputError
-from spark_nsfw.storage import resolve
+from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.storage import list_files, open_input
 
-__all__ = ["PROVENANCE", "inspect_output", "package_version", "provenance"]
+__all__ = [
+    "PROVENANCE",
+    "inspect_output",
+    "note_in",
+    "package_version",
+    "provenance",
+    "refuse_another_note",
+]
 
 #: The key under which the columns' metadata holds the note.
 PROVENANCE = "spark_nsfw"
@@ -51,34 +57,71 @@ def inspect_output(output: str) -> dict[str, list[str]]:
     Raises:
         InputError: there are no Parquet files.
     """
-    filesystem, path = resolve(output)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        files = [path]
-    else:
-        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        files = sorted(
-            info.path
-            for info in filesystem.get_file_info(selector)
-            if info.base_name.endswith(".parquet") and not info.base_name.startswith((".", "_"))
-        )
+    root, names = list_files(output)
+    files = [root + name for name in names if name.endswith(".parquet")]
     if not files:
         raise InputError(f"{output}: there are no Parquet files")
     notes: dict[str, list[str]] = {}
     with ThreadPoolExecutor(16) as pool:
-        for file, note in zip(files, pool.map(lambda f: _note(filesystem, f), files), strict=True):
+        for file, note in zip(files, pool.map(_note, files), strict=True):
             notes.setdefault(note, []).append(file)
     return notes
 
 
-def _note(filesystem: fs.FileSystem, path: str) -> str:
+def _note(path: str) -> str:
     try:
-        with filesystem.open_input_file(path) as stream:
-            footer = pq.read_metadata(stream).metadata or {}
+        with open_input(path) as stream:
+            note = note_in(pq.read_metadata(stream).metadata or {})
     except (OSError, pa.ArrowException) as exc:
         return f"unreadable: {exc}"
+    if note is None:
+        return "no note: not written by spark_nsfw"
+    return json.dumps(note, indent=2, sort_keys=True)
+
+
+def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:
+    """The note in the footer of a Parquet file, or None.
+
+    Spark keeps it with the columns' metadata; a sidecar of an export has it as it is.
+    """
+    if PROVENANCE.encode() in footer:
+        return dict(json.loads(footer[PROVENANCE.encode()]))
     columns = json.loads(footer.get(b"org.apache.spark.sql.parquet.row.metadata", b"{}"))
     for column in columns.get("fields", []):
         if PROVENANCE in column["metadata"]:
-            note = json.loads(column["metadata"][PROVENANCE])
-            return json.dumps(note, indent=2, sort_keys=True)
-    return "no note: not written by spark_nsfw"
+            return dict(json.loads(column["metadata"][PROVENANCE]))
+    return None
+
+
+def refuse_another_note(
+    output: str,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    remedy: str = "or delete this one to start anew",
+) -> None:
+    """Refuse to mix what was made in different ways in one output.
+
+    Args:
+        output: where it is.
+        before, now: the notes of what is there and of what would be added.
+        remedy: what a person can do besides giving another output.
+
+    Raises:
+        JobError: names both sides of every difference; where a file lies is none.
+    """
+    changed = sorted(_differences(before, now, ""))
+    if changed:
+        raise JobError(
+            f"{output} was made in another way: {'; '.join(changed)}. Give another output, {remedy}"
+        )
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for position, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(one, other, f"{name}.{position}")
+    elif before != now and not name.endswith(".source"):
+        yield f"{name.removeprefix('rows.')} was {json.dumps(before)}, is now {json.dumps(now)}"

@@ -21,7 +21,7 @@ from spark_nsfw.storage import open_input
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Member", "Sample", "iter_members", "iter_samples", "split_name"]
+__all__ = ["Member", "Sample", "iter_members", "iter_runs", "iter_samples", "split_name"]
 
 #: Default limit on one member's size; larger ones are never read into memory.
 MAX_MEMBER_BYTES = 64 << 20
@@ -33,10 +33,14 @@ _RESERVED = re.compile(r"__[^/]*__(\Z|/|\.)")
 
 @dataclass(slots=True)
 class Member:
-    """One regular entry of a tar file; ``content`` is None when it was not asked for."""
+    """One regular entry of a tar file; ``content`` is None when it was not asked for.
+
+    ``header`` says where it lies in the tar.
+    """
 
     name: str
     size_bytes: int
+    header: tarfile.TarInfo
     content: bytes | None = None
     status: Status = Status.OK
     error_message: str | None = None
@@ -122,7 +126,7 @@ def iter_members(
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header
                 if info.isdir() or info.ischr() or info.isblk() or info.isfifo():
                     continue
-                member = Member(info.name, info.size)
+                member = Member(info.name, info.size, info)
                 if not wanted(info.name):
                     pass
                 elif not info.isreg() or info.issparse():
@@ -200,6 +204,35 @@ def iter_samples(
         yield sample
     if fault is not None:
         yield fault
+
+
+def iter_runs(stream: BinaryIO) -> Iterator[tuple[str, list[Member]]]:
+    """Walk the samples of an open tar file without reading their content.
+
+    Yields:
+        A key, and the adjacent members that share it.
+
+    Raises:
+        ShardUnreadableError, ShardTruncatedError: after the last sample that has a header.
+    """
+    run: list[Member] = []
+    run_key, fault = "", None
+    try:
+        for member in iter_members(stream, lambda name: False):
+            parts = split_name(member.name)
+            if parts is None:
+                continue
+            if run and parts[0] != run_key:
+                yield run_key, run
+                run = []
+            run_key = parts[0]
+            run.append(member)
+    except ShardError as exc:
+        fault = exc
+    if run:
+        yield run_key, run
+    if fault is not None:
+        raise fault
 
 
 def _add_member(sample: Sample, extension: str, member: Member) -> None:

@@ -14,7 +14,17 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["expand_braces", "hadoop_path", "last_change", "open_input", "resolve", "write_text"]
+__all__ = [
+    "absolute",
+    "expand_braces",
+    "hadoop_path",
+    "is_below",
+    "last_change",
+    "list_files",
+    "open_input",
+    "resolve",
+    "write_text",
+]
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
@@ -105,6 +115,53 @@ def write_text(url: str, text: str) -> None:
     filesystem, path = resolve(url)
     with filesystem.open_output_stream(path) as stream:
         stream.write(text.encode())
+
+
+def absolute(url: str) -> str:
+    """A path made absolute, a URL as it is: Spark's JVM may stand in another folder."""
+    return url if ":" in url or url.startswith("/") else os.path.abspath(url)
+
+
+def is_below(url: str, directory: str) -> bool:
+    """Whether one path or URL is the other, or below it; links are followed."""
+    return f"{_real(url)}/".startswith(f"{_real(directory)}/")
+
+
+def _real(url: str) -> str:
+    filesystem, path = resolve(url)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return str(Path(path).resolve())
+    return f"{filesystem.type_name}:{path.rstrip('/')}"
+
+
+def list_files(url: str) -> tuple[str, list[str]]:
+    """The files below a directory, or the one file that ``url`` names.
+
+    Names that start with an underscore or a dot are no data and are left out, with all
+    that is below them, as Spark does it.
+
+    Returns:
+        A prefix, and the files' names, sorted; prefix + name is a path or URL for `open_input`.
+
+    Raises:
+        InputError: no filesystem for this kind of URL.
+    """
+    filesystem, path = resolve(url)
+    prefix = path if isinstance(filesystem, fs.LocalFileSystem) else url
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        directory, _, name = prefix.rpartition("/")
+        return f"{directory}/", [name]
+    root = path.rstrip("/") + "/"
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    names = sorted(
+        info.path[len(root) :]
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File
+    )
+    hidden = ("_", ".")
+    return prefix.rstrip("/") + "/", [
+        name for name in names if not any(part.startswith(hidden) for part in name.split("/"))
+    ]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -35,6 +35,7 @@ from spark_nsfw.errors import (
 from spark_nsfw.storage import open_input, resolve
 
 __all__ = [
+    "PublishedFile",
     "Weights",
     "cache_dir",
     "check_fit",
@@ -44,6 +45,21 @@ __all__ = [
     "load_state_dict",
     "local_file",
 ]
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weight file on the internet, known by its sha256.
+
+    Attributes:
+        url: where it is.
+        file_name: its name in `cache_dir` and in staged directories.
+        sha256: what it must be, in hex.
+    """
+
+    url: str
+    file_name: str
+    sha256: str
 
 
 @dataclass(frozen=True)

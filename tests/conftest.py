@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 from spark_nsfw.photographs import (
@@ -91,3 +93,18 @@ def embedder(detector_path) -> TimmImageEmbedder:
         embedding_size=768,
         classifiers=[NsfwClassifier(model_path=detector_path)],
     )
+
+
+@pytest.fixture(scope="session")
+def aesthetic_path(tmp_path_factory) -> str:
+    """The published network of LAION-Aesthetics V2 with random weights, in a file."""
+    torch.manual_seed(3)
+    layers = nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
+        nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    for parameter in layers.parameters():
+        parameter.data *= 3  # so that scores differ as much as real ones
+    path = tmp_path_factory.mktemp("aesthetic") / "aesthetic.pth"
+    torch.save(nn.ModuleDict({"layers": layers}).state_dict(), path)
+    return str(path)

@@ -1,4 +1,6 @@
+import inspect
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,17 @@ from conftest import shared_file
 from safetensors.torch import save_file
 from torch import nn
 
-from spark_nsfw import ImageClassifier, NsfwClassifier
+from spark_nsfw import (
+    AestheticClassifier,
+    ImageClassifier,
+    NsfwClassifier,
+    SampleOptions,
+    Scorer,
+    TimmImageEmbedder,
+    iter_sample_batches,
+)
 from spark_nsfw.classifiers import NsfwDetector
+from spark_nsfw.embedders import Tower
 from spark_nsfw.errors import (
     ChecksumError,
     EmbeddingWidthError,
@@ -19,6 +30,7 @@ from spark_nsfw.errors import (
     WeightsUnavailableError,
 )
 from spark_nsfw.laion import DETECTORS, _code_of_text, read_detector
+from spark_nsfw.weights import file_sha256
 
 ZIPS = {"vit_l_14": "clip_autokeras_binary_nsfw.zip", "vit_b_32": "clip_autokeras_nsfw_b32.zip"}
 
@@ -246,7 +258,93 @@ def test_network_and_reader_agree_on_codes():
     assert network._look_up(0, values).tolist() == [*expected, 0.0, 0.0]
 
 
-def test_a_classifier_of_ones_own_takes_ten_lines():
+def test_aesthetic_scores_are_the_published_networks(aesthetic_path):
+    tensors = {k: v.double().numpy() for k, v in torch.load(aesthetic_path).items()}
+    embeddings = golden("vit_l_14")["embedding_f32"]
+    x = embeddings.astype(np.float64)
+    for position in (0, 2, 4, 6, 7):
+        x = x @ tensors[f"layers.{position}.weight"].T + tensors[f"layers.{position}.bias"]
+    scores = AestheticClassifier(model_path=aesthetic_path).classify(embeddings, device="cpu")
+    assert scores.dtype == np.float32
+    assert np.ptp(x) > 1
+    assert np.abs(scores - x[:, 0]).max() < 1e-5
+
+
+def test_another_network_is_no_aesthetic_classifier(tmp_path, aesthetic_path):
+    tensors = torch.load(aesthetic_path)
+    tensors["layers.6.weight"] = tensors["layers.6.weight"][:8]
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(WeightsMismatchError, match=r"layers\.6\.weight has shape \(8, 64\)"):
+        AestheticClassifier(model_path=str(tmp_path / "x.pth")).for_embedding_size(768)
+
+
+def test_only_the_published_aesthetic_file_is_taken_for_it(tmp_path, monkeypatch, aesthetic_path):
+    shutil.copyfile(aesthetic_path, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    for classifier in (AestheticClassifier(), AestheticClassifier(models_dir=str(tmp_path))):
+        with pytest.raises(ChecksumError, match="21dd590f"):
+            classifier.classify(np.zeros((1, 768)), "cpu")
+
+
+def test_a_file_that_changes_after_it_was_settled_is_refused(tmp_path, aesthetic_path):
+    path = shutil.copyfile(aesthetic_path, str(tmp_path / "aesthetic.pth"))
+    classifier = AestheticClassifier(model_path=path).for_embedding_size(768)
+    torch.save(nn.Linear(3, 4).state_dict(), path)
+    worker = pickle.loads(pickle.dumps(classifier))
+    with pytest.raises(ChecksumError):
+        worker.classify(np.zeros((1, 768)), "cpu")
+
+
+def test_several_classifiers_cost_one_pass_of_the_tower(
+    shards, detector_path, aesthetic_path, monkeypatch
+):
+    forward, num_images = Tower.forward, []
+
+    def counting(tower, pixels):
+        num_images.append(len(pixels))
+        return forward(tower, pixels)
+
+    monkeypatch.setattr(Tower, "forward", counting)
+    classifiers = [
+        NsfwClassifier(model_path=detector_path),
+        AestheticClassifier(model_path=aesthetic_path),
+    ]
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
+    batches = iter_sample_batches([(str(shards / "00000.tar"), "00000")], SampleOptions())
+    (metadata,) = Scorer(embedder, device="cpu").score(batches)
+    assert sum(num_images) == 11
+    embeddings = np.array(metadata["image_embedding"].to_pylist())
+    for classifier in classifiers:
+        expected = classifier.classify(embeddings, "cpu")
+        assert metadata[classifier.pred_column].to_pylist() == expected.tolist()
+
+
+def documented_classifier():
+    """The class in the docstring of `ImageClassifier`, as it stands there."""
+    example = inspect.getdoc(ImageClassifier).partition("::\n")[2].partition("Args:")[0]
+    names = {"ImageClassifier": ImageClassifier, "nn": nn}
+    exec(inspect.cleandoc(example), names)
+    assert example.strip().count("\n") < 10
+    return names["WatermarkClassifier"]
+
+
+def test_the_documented_classifier_of_ones_own_works(tmp_path, detector_path):
+    model = nn.Sequential(nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+    save_file(model.state_dict(), tmp_path / "watermark.safetensors")
+    classifier = documented_classifier()(str(tmp_path / "watermark.safetensors"))
+    embeddings = golden("vit_l_14")["embedding_f32"]
+    with torch.inference_mode():
+        expected = model(torch.tensor(embeddings))[:, 0].numpy()
+    assert np.abs(classifier.classify(embeddings, "cpu") - expected).max() < 1e-6
+    described = classifier.for_embedding_size(768).describe()
+    assert described["weights"]["sha256"] == file_sha256(tmp_path / "watermark.safetensors")
+    assert (described["classifier"], described["pred_column"]) == (
+        "WatermarkClassifier",
+        "watermark_score",
+    )
+
+
+def test_a_classifier_without_a_file():
     class BrightnessClassifier(ImageClassifier):
         def __init__(self):
             super().__init__(pred_column="brightness", embedding_size=4)

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from test_job import arguments
 
+from spark_nsfw import AestheticClassifier
 from spark_nsfw.cli import main
-from spark_nsfw.weights import file_sha256
+from spark_nsfw.weights import PublishedFile, file_sha256
 
 
 def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys):
@@ -86,6 +88,22 @@ def test_a_run_takes_all_weights_from_the_staged_directory(
     text = capsys.readouterr().out
     assert file_sha256(staged / "test_vit2.safetensors") in text
     assert "mean nothing" not in text
+
+
+def test_models_fetch_stages_the_aesthetic_classifier_too(
+    staged, tmp_path, weights_cache, monkeypatch
+):
+    path = tmp_path / "cache" / "aesthetic.pth"
+    shutil.copytree(weights_cache, path.parent)
+    torch.save({"layers.0.weight": torch.ones(1)}, path)
+    published = PublishedFile("https://nowhere.invalid/", path.name, file_sha256(path))
+    monkeypatch.setattr("spark_nsfw.classifiers.AESTHETIC_FILE", published)
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(path.parent))
+    arguments = ["models", "fetch", str(staged), "--model", "test_vit2", "--aesthetic"]
+    assert main(arguments) == 0
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=staged, check=True)
+    assert "aesthetic.pth" in (staged / "SHA256SUMS").read_text()
+    assert AestheticClassifier(models_dir=str(staged)).load_weights().keys() == {"layers.0.weight"}
 
 
 @pytest.mark.parametrize("name", ["test_vit2.safetensors", "clip_autokeras_binary_nsfw.zip"])

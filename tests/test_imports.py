@@ -54,6 +54,10 @@ def test_only_pixels_decodes_images():
     assert importers_of("PIL") == {"pixels.py", "photographs.py"}
 
 
+def test_only_the_report_draws():
+    assert importers_of("matplotlib", "jinja2") == {"report.py"}
+
+
 def test_only_the_scorer_puts_models_together():
     both = importers_of("spark_nsfw.embedders") & importers_of("spark_nsfw.classifiers")
     core = {path for path in both if "/" not in path}

@@ -142,6 +142,11 @@ def test_stored_embeddings_are_classified_without_reading_an_image(
         expected = {(r.shard, r.key): r.nsfw_score for r in embedder(fresh).metadata.collect()}
         assert scores == expected
         assert len(scores) == 22
+    stored.metadata = stored.metadata.where("shard = '00001'")
+    fewer = {(r.shard, r.key): r.nsfw_score for r in classifier(stored).metadata.collect()}
+    assert fewer == {which: score for which, score in expected.items() if which[0] == "00001"}
+    with pytest.raises(InputError, match="embed the dataset first"):
+        embedder(stored)
 
 
 def test_classifying_without_embeddings_says_what_to_do(spark, shards, detector_path):

@@ -11,11 +11,10 @@ was listed and has no rows is read once more, so that one which vanished has a r
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError, JobStoppedError, SparkNsfwError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import provenance
+from spark_nsfw.provenance import provenance, refuse_another_note
 from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
 from spark_nsfw.spark.progress import Progress, ProgressStyle
@@ -54,7 +53,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import hadoop_path, last_change, write_text
+from spark_nsfw.storage import absolute, hadoop_path, last_change, write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -180,8 +179,7 @@ def run_job(
         raise InputError(f"plan is 'dataframe' or 'fused', not {options.plan!r}")
     if options.shards_per_wave is not None and options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
-    output = hadoop_path(output)
-    output = output if ":" in output or output.startswith("/") else os.path.abspath(output)
+    output = absolute(hadoop_path(output))
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)
         embedder = embedder.with_precision_of(device_kind(spark, options.device))
@@ -423,24 +421,13 @@ def _passthrough_of(
 def _refuse_another_note(
     output: str, before: dict[str, Any], now: dict[str, Any], options: JobOptions
 ) -> None:
-    """Refuse to mix rows that were made in different ways in one output."""
-    changed = sorted(_differences(before, now, ""))
+    """Refuse to mix rows that were made in different ways, unless told; columns never mix."""
     if options.allow_changes:
-        changed = sorted(_differences(before.get("rows"), now.get("rows"), "rows"))
-    if changed:
-        raise JobError(
-            f"{output} was made in another way: {'; '.join(changed)}. "
-            "Give another output, or --overwrite to start anew"
-            + ("" if options.allow_changes else ", or --allow-changes to mix both")
-        )
-
-
-def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-    elif before != now and not name.endswith(".source"):
-        yield f"{name.removeprefix('rows.')} was {json.dumps(before)}, is now {json.dumps(now)}"
+        before, now = {"rows": before.get("rows")}, {"rows": now.get("rows")}
+        refuse_another_note(output, before, now, "or --overwrite to start anew")
+    else:
+        remedy = "or --overwrite to start anew, or --allow-changes to mix both"
+        refuse_another_note(output, before, now, remedy)
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:

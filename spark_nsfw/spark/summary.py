@@ -112,7 +112,7 @@ def weights_lines(provenance: dict[str, Any]) -> list[str]:
         sha256 = weights.get("sha256")
         source = weights.get("source", "unknown")
         lines.append(f"{role:<9} {name}: {source}{f' sha256 {sha256}' if sha256 else ''}")
-    if not embedder.get("weights", {}).get("sha256"):
+    if "weights" in embedder and not embedder["weights"].get("sha256"):
         lines.append("WARNING   the tower's weights are random: these scores mean nothing")
     return lines
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import torch
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.functions import pandas_udf  # type: ignore[attr-defined]
+from pyspark.sql.types import FloatType, StructField, StructType
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
@@ -25,9 +24,10 @@ from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_sch
 from spark_nsfw.scorer import fields_of
 from spark_nsfw.spark.reader import iter_shards
 from spark_nsfw.spark.types import spark_schema
-from spark_nsfw.spark.workers import choose_device, worker_scorer
+from spark_nsfw.spark.workers import worker_device, worker_scorer
+from spark_nsfw.stored_embeddings import score_column
 
-__all__ = ["classifier_udf", "nsfw_udf", "score_samples", "score_shards"]
+__all__ = ["nsfw_udf", "score_embeddings", "score_samples", "score_shards"]
 
 
 def settled(
@@ -166,23 +166,30 @@ def score_shards(
     return paths.mapInArrow(score, spark_schema(schema))
 
 
-def classifier_udf(classifier: ImageClassifier, *, device: str | None = None) -> Any:
-    """A scalar-iterator pandas UDF: stored embedding (array<float>) → score (float).
+def score_embeddings(
+    rows: DataFrame, classifiers: Sequence[ImageClassifier], *, device: str | None = None
+) -> DataFrame:
+    """Rows with stored embeddings → the same rows with a score column (float) per classifier.
 
-    A null embedding gives a null score.
+    A row whose embedding is null, not finite, or of another width than the first one of
+    its Arrow batch has a null score.
+
+    Args:
+        rows: with a column (array<float>) of each classifier's ``embedding_column``.
+        classifiers: a column of the name of a score is replaced.
+        device: a torch device; by default the task's GPU if there is one.
     """
+    scores = {classifier.pred_column: classifier for classifier in classifiers}
+    kept = [field for field in rows.schema if field.name not in scores]
+    schema = StructType([*kept, *(StructField(name, FloatType()) for name in scores)])
 
-    @pandas_udf("float")
-    def score(columns: Iterator[pd.Series]) -> Iterator[pd.Series]:
-        chosen = choose_device(device)
-        for column in columns:
-            present = column.notna().to_numpy()
-            scores = np.full(len(column), None, object)
-            if present.any():
-                embeddings = np.stack(column[present].to_list()).astype(np.float32)
-                with torch.inference_mode():
-                    scored = classifier.score(torch.from_numpy(embeddings).to(chosen))
-                scores[present] = scored.cpu().numpy()
-            yield pd.Series(scores, dtype=object)
+    def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        chosen = worker_device(device)
+        for batch in batches:
+            arrays = [batch.column(field.name) for field in kept]
+            for classifier in scores.values():
+                embeddings = batch.column(classifier.embedding_column)
+                arrays += score_column(embeddings, None, [classifier], chosen)[0]
+            yield pa.RecordBatch.from_arrays(arrays, names=schema.names)
 
-    return score
+    return rows.mapInArrow(score, schema)

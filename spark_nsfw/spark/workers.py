@@ -17,7 +17,13 @@ from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.scorer import Scorer
 
-__all__ = ["choose_device", "device_kind", "worker_scorer"]
+__all__ = [
+    "choose_device",
+    "device_kind",
+    "worker_classifiers",
+    "worker_device",
+    "worker_scorer",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +43,14 @@ def choose_device(device: str | None = None) -> str:
     if "gpu" in resources:
         return f"cuda:{resources['gpu'].addresses[0]}"
     return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def worker_device(device: str | None = None) -> str:
+    """This worker's `choose_device`, with as many threads as the task has cores."""
+    task = TaskContext.get()
+    if task is not None:
+        torch.set_num_threads(max(1, task.cpus()))
+    return choose_device(device)
 
 
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
@@ -65,7 +79,7 @@ def worker_scorer(
     It is known by what it computes, not by who asked for it: a model that is loaded
     serves every function that needs the same one.
     """
-    chosen = choose_device(device)
+    chosen = worker_device(device)
     settings = {
         "embedder": embedder.describe(),
         "classifiers": [classifier.describe() for classifier in classifiers],
@@ -76,12 +90,19 @@ def worker_scorer(
     }
     identity = json.dumps(_without_sources(settings), sort_keys=True)
     if identity not in _scorers:
-        task = TaskContext.get()
-        if task is not None:
-            torch.set_num_threads(max(1, task.cpus()))
         _scorers[identity] = Scorer(embedder, classifiers, chosen, keep_embeddings)
         _log.info("scorer loaded on %s: %s", chosen, identity)
     return _scorers[identity]
+
+
+_classifiers: dict[str, ImageClassifier] = {}
+
+
+def worker_classifiers(classifiers: Sequence[ImageClassifier]) -> list[ImageClassifier]:
+    """These classifiers, or this worker's loaded ones that give the same scores."""
+    identities = [json.dumps(_without_sources(c.describe()), sort_keys=True) for c in classifiers]
+    known = zip(identities, classifiers, strict=True)
+    return [_classifiers.setdefault(identity, classifier) for identity, classifier in known]
 
 
 def _without_sources(value: Any) -> Any:
