@@ -208,12 +208,13 @@ def run_job(
             job.progress.finish()
         if not job.progress.num_waves:
             job.progress.say(f"nothing to do: all {len(shards):,} shards were scored before")
+        seconds = job.progress.seconds
         columns = [classifier.pred_column for classifier in chosen]
         summary = replace(
             summarize(spark.read.parquet(output), output, columns),
             provenance=note,
             num_new_images=job.progress.num_images,
-            seconds=job.progress.seconds,
+            seconds=seconds,
         )
     write_text(f"{output.rstrip('/')}/{_STATE}/summary.json", json.dumps(asdict(summary), indent=2))
     return summary

@@ -35,6 +35,7 @@ def active_or_local_session() -> SparkSession:
     builder = SparkSession.builder.appName("spark-nsfw")
     if not submitted and "MASTER" not in os.environ and not os.environ.get("SPARK_REMOTE"):
         builder = builder.master("local[*]").config("spark.driver.memory", "4g")
+        builder = builder.config("spark.ui.showConsoleProgress", "false")  # we have our own line
         session = builder.getOrCreate()
         session.sparkContext.setLogLevel("ERROR")
         return session
