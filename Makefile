@@ -19,7 +19,7 @@ test-rapids: $(VENV)/.ready
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.
 test-spark35 test-spark40: test-%: .%/.ready
-	PYTHONPATH=$(CURDIR)/.$* $(RUN)python -m pytest $(TESTS)
+	PYTHONPATH=$(CURDIR)/.$*:$(CURDIR) $(RUN)python -m pytest $(TESTS)
 
 .spark35/.ready .spark40/.ready: .%/.ready: constraints-%.txt $(VENV)/.ready
 	rm -rf .$*
