@@ -12,14 +12,19 @@ from spark_nsfw.cli import main
 from spark_nsfw.weights import PublishedFile, file_sha256
 
 
-def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, capsys):
+def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, aesthetic_path, capsys):
     status = main(["score", *arguments(shards / "00000.tar", tmp_path / "out", detector_path),
-                   "--plan=fused", "--captions", "--columns=", "--no-embeddings"])  # fmt: skip
+                   "--plan=fused", "--captions", "--columns=", "--no-embeddings",
+                   "--aesthetic-checkpoint", aesthetic_path])  # fmt: skip
     assert status == 0
-    assert "11 samples in 1 shard: 11 scored, 0 failed" in capsys.readouterr().out
-    assert spark.read.parquet(str(tmp_path / "out")).columns == [
-        "key", "caption", "status", "error_message", "nsfw_score", "shard",
+    out = capsys.readouterr().out
+    assert "11 samples in 1 shard: 11 scored, 0 failed" in out
+    assert f"AestheticClassifier: {aesthetic_path} sha256 {file_sha256(aesthetic_path)}" in out
+    metadata = spark.read.parquet(str(tmp_path / "out"))
+    assert metadata.columns == [
+        "key", "caption", "status", "error_message", "nsfw_score", "aesthetic_score", "shard",
     ]  # fmt: skip
+    assert metadata.where("aesthetic_score is not null and nsfw_score is not null").count() == 11
 
 
 def test_bad_input_is_exit_status_2_and_one_line(spark, tmp_path, detector_path, capsys):

@@ -407,6 +407,19 @@ def test_a_run_that_was_stopped_goes_on(spark, scored, shards, tmp_path, monkeyp
     assert "00001.tar is gone" in capsys.readouterr().err
 
 
+def test_what_a_run_selected_that_was_stopped_before_its_plan_is_forgotten(
+    spark, scored, shards, tmp_path, monkeypatch, capsys
+):
+    everything, nothing = "--where=nsfw_score >= 0", "--where=nsfw_score > 2"
+    with monkeypatch.context() as patch:
+        patch.setattr("spark_nsfw.spark.export.plan_shards", None)  # before the plan stands
+        with pytest.raises(TypeError):
+            main(command(scored, tmp_path / "out", shards, everything))
+    assert list((tmp_path / "out").rglob("shard=00000/*.parquet"))
+    assert main(command(scored, tmp_path / "out", shards, nothing)) == 0
+    assert list((tmp_path / "out").rglob("*.tar")) == []
+
+
 def test_another_export_into_the_same_output_is_refused(spark, scored, shards, tmp_path, capsys):
     assert main(command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 0")) == 0
     assert main(command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 1")) == 1

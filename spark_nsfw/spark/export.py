@@ -261,6 +261,7 @@ def _freeze(
     rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
 ) -> dict[str, Any]:
     """Write the rows to keep, once, and then the plan, which says that they are complete."""
+    _delete(output, "selection")  # of a run that was stopped before its plan stood
     selection = f"{output}/{STATE}/selection"
     observation = Observation()
     status = F.col(STATUS)
@@ -388,10 +389,8 @@ def _finish(
 
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(count, shards))
-    filesystem, path = resolve(f"{output}/{STATE}")
-    for name in ("selection", "partial"):
-        if filesystem.get_file_info(f"{path}/{name}").type == fs.FileType.Directory:
-            filesystem.delete_dir(f"{path}/{name}")
+    _delete(output, "selection")
+    _delete(output, "partial")
     return ExportSummary(
         output=output,
         num_shards=len(shards),
@@ -401,6 +400,13 @@ def _finish(
         num_selected=plan["num_selected"],
         problems=problems,
     )
+
+
+def _delete(output: str, name: str) -> None:
+    """Delete one of our own folders below an output, if it is there."""
+    filesystem, path = resolve(f"{output}/{STATE}/{name}")
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def _refuse_inside(output: str, places: Sequence[str]) -> None:
