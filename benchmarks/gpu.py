@@ -71,8 +71,10 @@ def forward_rates(options: argparse.Namespace) -> list[dict[str, object]]:
     )
     rows: list[dict[str, object]] = []
     reference = None
-    for precision in options.precisions:
+    for precision, compiled in [(p, c) for p in options.precisions for c in options.compile]:
         tower = embedder(options, precision, 1).load_embedding_model(options.device)
+        if compiled:
+            tower.network = torch.compile(tower.network)
         rate = matrix_rate(precision, options.device, MATRIX_SIDE if on_gpu else 512)
         for batch_size in options.batch_sizes:
             batch = pixels[:batch_size].to(options.device)
@@ -87,6 +89,7 @@ def forward_rates(options: argparse.Namespace) -> list[dict[str, object]]:
             cosine = (embeddings * reference).sum(dim=1).min().item()
             row: dict[str, object] = {
                 "precision": precision,
+                "compiled": compiled,
                 "batch size": batch_size,
                 "images/s": batch_size / seconds,
                 "matrix TFLOP/s": rate / 1e12,
@@ -110,7 +113,7 @@ def end_to_end(
     bare, batch_size = max(
         (float(str(row["images/s"])), int(str(row["batch size"])))
         for row in forward
-        if row["precision"] == precision
+        if row["precision"] == precision and not row["compiled"]
     )
     scorer = Scorer(embedder(options, precision, batch_size), [], options.device)
     started = time.perf_counter()
@@ -134,6 +137,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precisions", nargs="*", default=["float32", "float16", "bfloat16"])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[64, 256, 1024])
+    parser.add_argument(
+        "--compile", type=int, nargs="*", default=[0, 1], help="1: torch.compile, forward only"
+    )
     parser.add_argument("--images", type=int, default=20_000, help="end to end")
     options = parser.parse_args()
     forward = forward_rates(options)
