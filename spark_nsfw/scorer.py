@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import torch
 
 from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import CPU_BLOCK_IMAGES, TimmImageEmbedder
+from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import ImageError, InputError, OversizedImageError
 from spark_nsfw.pixels import Decode, decode_image
 from spark_nsfw.schema import (
@@ -49,6 +49,9 @@ _DECODING_CHUNK = 8
 #: Threads that keep a GPU busy: while one waits for its results, the other has copied and
 #: launched the next batch. Each has a stream of its own.
 _GPU_STREAMS = 2
+
+#: On a CPU the tower takes a few images at a time anyway, larger batches would only hold pixels.
+_CPU_BATCH_SIZE = 64
 
 
 class Scorer:
@@ -84,7 +87,7 @@ class Scorer:
         #: Forward passes under way at a time.
         self.num_computing_threads = _GPU_STREAMS
         if not self.on_gpu:  # each core takes images of its own through the tower
-            self.batch_size = CPU_BLOCK_IMAGES
+            self.batch_size = min(embedder.batch_size, _CPU_BATCH_SIZE)
             self.num_computing_threads = torch.get_num_threads()
         self.keep_embeddings = keep_embeddings
         #: Images per forward pass that the device has memory for, as far as is known.
