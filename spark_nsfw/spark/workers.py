@@ -50,7 +50,10 @@ def worker_device(device: str | None = None) -> str:
     task = TaskContext.get()
     if task is not None:
         torch.set_num_threads(max(1, task.cpus()))
-    return choose_device(device)
+    chosen = choose_device(device)
+    if torch.device(chosen).type == "cuda":
+        torch.cuda.set_device(chosen)  # pinned memory would open a context on the first GPU
+    return chosen
 
 
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
