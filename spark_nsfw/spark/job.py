@@ -335,6 +335,8 @@ class _Job:
                 self.progress.add(0, num_by_status)
 
     def _write_wave(self, shards: DataFrame) -> None:
+        if self.stop.is_set():
+            raise JobStoppedError("stopped before a wave")
         paths = [row["path"] for row in shards.collect()]
         self._remember(paths)
         if self.options.watch:
