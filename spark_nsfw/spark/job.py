@@ -47,6 +47,7 @@ from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     count_statuses,
     hadoop_filesystem,
+    partition_values,
     read_provenance,
     session_settings,
     with_provenance,
@@ -187,6 +188,7 @@ def run_job(
         note = provenance(embedder, chosen) | {"rows": options.describe()}
 
         existing = _existing_schema(spark, output)
+        path_of_shard = {inputs.shard_name(path): path for path in shards}
         if existing is None:
             passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
         else:
@@ -195,8 +197,8 @@ def run_job(
         job = _Job(
             spark, inputs, output, embedder, chosen, note,
             replace(options, samples=replace(options.samples, passthrough=passthrough)), stop,
-            Progress(len(shards), _num_partitions(spark, output), options.progress, report),
-            {inputs.shard_name(path): path for path in shards},
+            Progress(path_of_shard, partition_values(output), options.progress, report),
+            path_of_shard,
         )  # fmt: skip
         if existing is None:
             job.begin_output()
@@ -318,7 +320,7 @@ class _Job:
                 query.stop()
         if self.stop.is_set() and not self.options.watch:
             raise JobStoppedError(
-                f"stopped after {self.progress.num_shards_done:,} shards in this run; "
+                f"stopped after {self.progress.num_new_shards:,} shards in this run; "
                 "the same command goes on from there"
             )
 
@@ -332,7 +334,7 @@ class _Job:
         if rowless:
             num_by_status = self._write(rowless)
             if num_by_status:
-                self.progress.add(0, num_by_status)
+                self.progress.add([*map(self.inputs.shard_name, rowless)], num_by_status)
 
     def _write_wave(self, shards: DataFrame) -> None:
         if self.stop.is_set():
@@ -346,7 +348,7 @@ class _Job:
             lambda part: self._write(part, shards if len(part) == len(paths) else None),
             self._set_aside,
         )
-        self.progress.add(len(paths), sum(counts, Counter()))
+        self.progress.add([*map(self.inputs.shard_name, paths)], sum(counts, Counter()))
 
     def _remember(self, paths: Sequence[str]) -> None:
         """Refuse a shard that came later and would replace another one's rows."""
@@ -439,12 +441,6 @@ def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
     filesystem, path = hadoop_filesystem(spark, f"{schema_partition}/_SUCCESS")
     # Spark itself logs a stack trace for a path that is not there.
     return spark.read.parquet(schema_partition).schema if filesystem.exists(path) else None
-
-
-def _num_partitions(spark: SparkSession, output: str) -> int:
-    """How many shards have rows."""
-    filesystem, path = hadoop_filesystem(spark, f"{output.rstrip('/')}/{SHARD}=*")
-    return max(0, len(filesystem.globStatus(path) or []) - 1)  # one is the schema's
 
 
 def delete_output(spark: SparkSession, output: str) -> None:

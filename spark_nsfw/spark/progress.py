@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -27,8 +27,8 @@ class Progress:
     """Counts what the waves wrote, and tells.
 
     Args:
-        num_shards: that the inputs have.
-        num_shards_before: of these, done by earlier runs.
+        shards: names of those that the inputs have.
+        done: of these, done by earlier runs.
         style: ``lines`` tells a line per wave, ``json`` a JSON object per wave; ``auto`` is
             ``lines``, and on a terminal keeps a line about the wave under way below them.
         report: is given the lines; by default they go to stderr.
@@ -36,14 +36,14 @@ class Progress:
 
     def __init__(
         self,
-        num_shards: int,
-        num_shards_before: int = 0,
+        shards: Iterable[str],
+        done: Iterable[str] = (),
         style: ProgressStyle = "auto",
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.num_shards = num_shards
-        self.num_shards_before = num_shards_before
-        self.num_shards_done = 0
+        self.shards = set(shards)
+        self.done = self.shards.intersection(done)
+        self.num_new_shards = 0
         self.num_waves = 0
         self.num_by_status: Counter[str] = Counter()
         self._style = style
@@ -67,13 +67,15 @@ class Progress:
         """Since the run began."""
         return time.monotonic() - self._started
 
-    def add(self, num_shards: int, num_by_status: Counter[str]) -> None:
+    def add(self, shards: Sequence[str], num_by_status: Counter[str]) -> None:
         """Count a wave that is written, and tell."""
         self.num_waves += 1
-        self.num_shards_done += num_shards
+        self.num_new_shards += len(shards)
+        self.shards.update(shards)
+        self.done.update(shards)
         self.num_by_status += num_by_status
         if self._style == "json":
-            self.say(json.dumps(self._record(num_shards, num_by_status)))
+            self.say(json.dumps(self._record(len(shards), num_by_status)))
         else:
             self.say(f"wave {self.num_waves}: {self._sentence()}")
 
@@ -86,13 +88,13 @@ class Progress:
             print(f"{clear}{line}", file=sys.stderr, flush=True)
 
     def _sentence(self) -> str:
-        done = self.num_shards_before + self.num_shards_done
         left = ""
-        if self.num_shards_done and self.num_shards > done:
-            seconds = (self.num_shards - done) * self.seconds / self.num_shards_done
+        num_left = len(self.shards) - len(self.done)
+        if self.num_new_shards and num_left:
+            seconds = num_left * self.seconds / self.num_new_shards
             left = f", {timedelta(seconds=round(seconds))} left"
         return (
-            f"{done:,} of {max(self.num_shards, done):,} shards done; this run: "
+            f"{len(self.done):,} of {len(self.shards):,} shards done; this run: "
             f"{self.num_images:,} images scored, {self.num_failed:,} rows failed, "
             f"{self.num_images / self.seconds:,.1f} images/s{left}"
         )
@@ -102,8 +104,8 @@ class Progress:
             "wave": self.num_waves,
             "wave_shards": num_shards,
             "wave_rows_by_status": dict(num_by_status),
-            "num_shards": max(self.num_shards, self.num_shards_before + self.num_shards_done),
-            "num_shards_done": self.num_shards_before + self.num_shards_done,
+            "num_shards": len(self.shards),
+            "num_shards_done": len(self.done),
             "num_images": self.num_images,
             "num_failed": self.num_failed,
             "seconds": round(self.seconds, 3),

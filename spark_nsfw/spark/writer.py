@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import unquote
 
+from pyarrow import fs
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.provenance import PROVENANCE
 from spark_nsfw.schema import SHARD, STATUS
+from spark_nsfw.storage import resolve
 
 __all__ = [
     "count_statuses",
     "hadoop_filesystem",
+    "partition_values",
     "read_provenance",
     "with_provenance",
     "write_metadata",
@@ -98,6 +102,15 @@ def count_statuses(spark: SparkSession, output: str, shards: Iterable[str]) -> d
 def _exists(spark: SparkSession, url: str) -> bool:
     filesystem, path = hadoop_filesystem(spark, url)
     return bool(filesystem.exists(path))
+
+
+def partition_values(output: str) -> list[str]:
+    """The shards that an output has rows of, and the one name that is none."""
+    filesystem, path = resolve(output)
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    prefix = f"{SHARD}="
+    names = (entry.base_name for entry in entries)
+    return [unquote(name[len(prefix) :]) for name in names if name.startswith(prefix)]
 
 
 def hadoop_filesystem(spark: SparkSession, url: str) -> tuple[Any, Any]:
