@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=128)
     parser.add_argument("--per-wave", type=int, nargs="*", default=[4, 16, 64, 128])
     options = parser.parse_args()
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ["PYTHONPATH"] = os.pathsep.join(["", str(Path(__file__).parents[1])])
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -120,7 +122,10 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
     speed = parser.add_argument_group("speed")
     speed.add_argument(
-        "--batch-size", type=int, default=64, help="images per forward pass (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images per forward pass on a GPU; a CPU takes eight at a time (default: %(default)s)",
     )
     speed.add_argument(
         "--num-threads",
@@ -138,7 +143,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode",
         choices=["exact", "fast"],
         default="fast",
-        help="exact: OpenAI's pixels bit for bit; fast: less than half the time, and scores move "
+        help="exact: OpenAI's pixels bit for bit; fast: half the time for JPEG, and scores move "
         "less than by float16 (default: %(default)s)",
     )
     speed.add_argument(
@@ -338,10 +343,19 @@ def _stop_at_signals() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    stopped_at = 0.0
+
     def handle(number: int, _: object) -> None:
+        nonlocal stopped_at
+        now = time.monotonic()
+        if stop.is_set() and now - stopped_at < 1:
+            return  # one signal that came both to the process and to its group
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stopped_at = now
         print("spark-nsfw: stopping; once more ends it at once", file=sys.stderr, flush=True)
         stop.set()
-        signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)
@@ -354,9 +368,12 @@ def _stop_at_signals() -> Iterator[threading.Event]:
 
 def _limit(text: str) -> float | int:
     """``12`` → 12 samples, ``1.5%`` → a share of 0.015."""
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    return int(text)
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of samples nor a share such as 0.5%"
+        ) from None
 
 
 def _status_of(summary: Summary, max_failed: float | int | None) -> int:

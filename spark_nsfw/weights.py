@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 import urllib.request
@@ -253,6 +254,11 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
                 warnings.simplefilter("ignore")  # the format is deprecated; OpenAI's files stay
                 return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as exc:  # torch would advise to run what is in the file
+        raise WeightsError(
+            f"{path} is no checkpoint of tensors: neither safetensors nor PyTorch's nor "
+            "TorchScript's format, or damaged, or with objects that are not tensors"
+        ) from exc
     except Exception as exc:  # each reader has its own exceptions for a damaged file
         raise WeightsError(f"{path} cannot be read as a checkpoint: {exc}") from exc
     for wrapper in ("state_dict", "model"):

@@ -202,6 +202,7 @@ def export_rows(
         "options": asdict(options),
     }
     plan = _read_plan(output)
+    is_new = plan is None
     if plan is None:
         _refuse_files_of_others(output)
         scored = F.col(STATUS) == Status.OK.value
@@ -214,6 +215,8 @@ def export_rows(
         refuse_another_note(output, plan["request"], request)
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
     if unknown:
+        if is_new:
+            _delete(output, "")
         raise InputError(
             f"{len(unknown):,} of the shards are not below {', '.join(inputs.roots)}, such as "
             f"{unknown[0]}: give the input that was scored"

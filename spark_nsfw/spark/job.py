@@ -272,9 +272,10 @@ class _Job:
         def write_wave(paths: DataFrame, _: int) -> None:
             try:
                 self._write_wave(paths)
-            except BaseException as exc:  # the query would tell it as a text of many pages
+            except BaseException as exc:
                 failures.append(exc)
-                raise
+                # Spark searches the text of its own pages of traces until its stack overflows.
+                raise JobError(reason(exc)) from None
 
         per_wave = self.options.shards_per_wave or max(
             _MIN_SHARDS_PER_WAVE, _SHARDS_PER_SLOT * num_slots(self.spark)
@@ -318,7 +319,7 @@ class _Job:
         finally:
             if query is not None:
                 query.stop()
-        if self.stop.is_set() and not self.options.watch:
+        if self.stop.is_set() and self.progress.done < self.progress.shards:
             raise JobStoppedError(
                 f"stopped after {self.progress.num_new_shards:,} shards in this run; "
                 "the same command goes on from there"

@@ -59,8 +59,9 @@ class Progress:
 
     @property
     def num_failed(self) -> int:
-        """Rows of another status."""
-        return self.num_by_status.total() - self.num_images
+        """Samples of another status."""
+        samples = (n for s, n in self.num_by_status.items() if not Status(s).is_shard_level)
+        return sum(samples) - self.num_images
 
     @property
     def seconds(self) -> float:
@@ -95,7 +96,7 @@ class Progress:
             left = f", {timedelta(seconds=round(seconds))} left"
         return (
             f"{len(self.done):,} of {len(self.shards):,} shards done; this run: "
-            f"{self.num_images:,} images scored, {self.num_failed:,} rows failed, "
+            f"{self.num_images:,} images scored, {self.num_failed:,} samples failed, "
             f"{self.num_images / self.seconds:,.1f} images/s{left}"
         )
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pyspark.sql import SparkSession
 
@@ -22,6 +27,8 @@ def active_or_local_session() -> SparkSession:
     active = SparkSession.getActiveSession()
     if active is not None:
         return active
+    for name in ("SQLQueryContextLogger", "py4j.clientserver"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if not submitted and not os.environ.get("SPARK_REMOTE"):
         if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
@@ -36,7 +43,24 @@ def active_or_local_session() -> SparkSession:
     if not submitted and "MASTER" not in os.environ and not os.environ.get("SPARK_REMOTE"):
         builder = builder.master("local[*]").config("spark.driver.memory", "4g")
         builder = builder.config("spark.ui.showConsoleProgress", "false")  # we have our own line
-        session = builder.getOrCreate()
-        session.sparkContext.setLogLevel("ERROR")
+        with _terminations_ignored():
+            session = builder.getOrCreate()
+        session.sparkContext.setLogLevel("FATAL")  # errors are raised, and told in one line
         return session
     return builder.getOrCreate()
+
+
+@contextmanager
+def _terminations_ignored() -> Iterator[None]:
+    """A process that is started inside ignores SIGTERM, as pyspark has it ignore Ctrl-C.
+
+    Both go to a whole process group; this process decides when its JVM ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

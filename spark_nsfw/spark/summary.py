@@ -78,7 +78,7 @@ class Summary:
             f"{damaged if self.num_damaged_shards else ''}",
             *(
                 f"  {status:<20} {count:>12,}"
-                for status, count in sorted(self.num_by_status.items(), key=lambda x: -x[1])
+                for status, count in sorted(self.num_by_status.items(), key=lambda x: (-x[1], x[0]))
             ),
         ]
         for column, scores in self.scores.items():

@@ -15,6 +15,7 @@ from pyspark.sql import SparkSession
 
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
+from spark_nsfw.errors import InputError
 from spark_nsfw.scorer import Scorer
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "worker_device",
     "worker_scorer",
 ]
+
+_NO_GPU = "no GPU"
 
 _log = logging.getLogger(__name__)
 
@@ -57,14 +60,25 @@ def worker_device(device: str | None = None) -> str:
 
 
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
-    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them."""
+    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
+
+    Raises:
+        InputError: it should be a GPU and there is none.
+    """
 
     def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
             kind = torch.device(choose_device(device)).type
+            if kind == "cuda" and not torch.cuda.is_available():
+                kind = _NO_GPU
             yield pa.RecordBatch.from_arrays([pa.array([kind])], names=["kind"])
 
     row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
+    if row["kind"] == _NO_GPU:
+        raise InputError(
+            f"device {device or 'cuda'}: torch sees no GPU on the machine of a worker; check "
+            "nvidia-smi and torch.cuda.is_available() there, or take --device cpu"
+        )
     return str(row["kind"])
 
 
