@@ -12,7 +12,8 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ import simplejpeg
 import torch
 
 from benchmarks.table import report
-from spark_nsfw import NsfwClassifier, SampleOptions, Scorer, TimmImageEmbedder, iter_sample_batches
+from spark_nsfw import NsfwClassifier, SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
 from spark_nsfw.embedders import CPU_BLOCK_IMAGES
 from spark_nsfw.photographs import write_photograph_shards
 from spark_nsfw.pixels import decode_image
@@ -74,23 +75,28 @@ def best(work: Callable[[], object]) -> float:
     return min(times)
 
 
+def consume(results: Iterable[object]) -> None:
+    """Keep no result: fresh memory for every picture would take as long as to decode it."""
+    deque(results, maxlen=0)
+
+
 def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, float]]:
     embedder, size = scorer.embedder, scorer.embedder.image_size
     images = [s.members["jpg"] for path, _ in shards for s in iter_samples(path)]
-    batches = list(iter_sample_batches(shards, SampleOptions()))
+    batches = list(iter_sample_rows(shards, SampleOptions()))
     tower = embedder.load_embedding_model("cpu")
     pixels = torch.randint(0, 256, (CPU_BLOCK_IMAGES, size, size, 3), dtype=torch.uint8)
     (classifier,) = scorer.classifiers
-    metadata = pa.Table.from_batches(scorer.score(batches))
+    metadata = pa.Table.from_batches(scorer.score_images(batches))
     blocks = range(len(images) // CPU_BLOCK_IMAGES)
     with torch.inference_mode():
         embeddings = tower(pixels)
-        read = best(lambda: [sample for path, _ in shards for sample in iter_samples(path)])
-        rows = best(lambda: list(iter_sample_batches(shards, SampleOptions())))
-        jpeg = best(lambda: [simplejpeg.decode_jpeg(image) for image in images])
-        decode = best(lambda: [decode_image(image, size, decode="fast") for image in images])
-        forward = best(lambda: [tower(pixels) for _ in blocks])
-        classify = best(lambda: [classifier.score(embeddings) for _ in blocks])
+        read = best(lambda: consume(sample for path, _ in shards for sample in iter_samples(path)))
+        rows = best(lambda: consume(iter_sample_rows(shards, SampleOptions())))
+        jpeg = best(lambda: consume(map(simplejpeg.decode_jpeg, images)))
+        decode = best(lambda: consume(decode_image(i, size, decode="fast") for i in images))
+        forward = best(lambda: consume(tower(pixels) for _ in blocks))
+        classify = best(lambda: consume(classifier.score(embeddings) for _ in blocks))
     write = best(lambda: pq.write_table(metadata, io.BytesIO(), compression="zstd"))
     return [
         ("read tar members", read),
@@ -102,7 +108,7 @@ def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, floa
         ("write Parquet", write),
         (
             "scorer, all but the last",
-            best(lambda: list(scorer.score(iter_sample_batches(shards, SampleOptions())))),
+            best(lambda: consume(scorer.score_images(iter_sample_rows(shards, SampleOptions())))),
         ),
     ]
 

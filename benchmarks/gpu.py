@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.table import report
-from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_batches
+from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
 from spark_nsfw.photographs import encode, photographs, write_shard
 
 MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
@@ -117,7 +117,7 @@ def end_to_end(
     )
     scorer = Scorer(embedder(options, precision, batch_size), [], options.device)
     started = time.perf_counter()
-    batches = scorer.score(iter_sample_batches([(str(path), "s")], SampleOptions()))
+    batches = scorer.score_images(iter_sample_rows([(str(path), "s")], SampleOptions()))
     next(batches)
     first = time.perf_counter()
     rate = sum(batch.num_rows for batch in batches) / (time.perf_counter() - first)

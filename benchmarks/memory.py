@@ -19,10 +19,12 @@ LENGTHS = (200, 1000, 4000)
 
 def score(path: str) -> None:
     """Score one shard and print rows and this process's peak of resident memory in KiB."""
-    from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_batches
+    from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
 
     embedder = TimmImageEmbedder("test_vit2", embedding_size=768, batch_size=64)
-    batches = Scorer(embedder, [], "cpu").score(iter_sample_batches([(path, "s")], SampleOptions()))
+    batches = Scorer(embedder, [], "cpu").score_images(
+        iter_sample_rows([(path, "s")], SampleOptions())
+    )
     rows = sum(batch.num_rows for batch in batches)
     print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 

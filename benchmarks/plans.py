@@ -29,7 +29,7 @@ from spark_nsfw import (
     SampleOptions,
     Scorer,
     TimmImageEmbedder,
-    iter_sample_batches,
+    iter_sample_rows,
     read_webdataset,
     score_samples,
 )
@@ -128,8 +128,8 @@ def core(directory: Path, detector: str, cores: int) -> Callable[[], int]:
 
     def run() -> int:
         torch.set_num_threads(cores)
-        batches = iter_sample_batches(shards, SampleOptions())
-        return sum(batch.num_rows for batch in scorer.score(batches))
+        batches = iter_sample_rows(shards, SampleOptions())
+        return sum(batch.num_rows for batch in scorer.score_images(batches))
 
     return run
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spark_nsfw.dataset import ImageTextPairDataset
     from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.errors import SparkNsfwError
-    from spark_nsfw.samples import SampleOptions, iter_sample_batches
+    from spark_nsfw.samples import SampleOptions, iter_sample_batches, iter_sample_rows
     from spark_nsfw.schema import Status
     from spark_nsfw.scorer import Scorer
     from spark_nsfw.spark.datasource import register_webdataset
@@ -32,6 +32,7 @@ _MODULES = {
     "Status": "schema",
     "TimmImageEmbedder": "embedders",
     "iter_sample_batches": "samples",
+    "iter_sample_rows": "samples",
     "nsfw_udf": "spark.udf",
     "read_webdataset": "spark.reader",
     "register_webdataset": "spark.datasource",
@@ -49,6 +50,7 @@ __all__ = [
     "Status",
     "TimmImageEmbedder",
     "iter_sample_batches",
+    "iter_sample_rows",
     "nsfw_udf",
     "read_webdataset",
     "register_webdataset",

@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from spark_nsfw.errors import ShardUnreadableError
 from spark_nsfw.passthrough import Description, Sidecar, describe, passthrough_arrays
-from spark_nsfw.schema import Status, sample_schema
+from spark_nsfw.schema import IMAGE, Status, sample_schema
 from spark_nsfw.shards import MAX_MEMBER_BYTES, Sample, iter_samples
 
-__all__ = ["IMAGE_EXTENSIONS", "SampleOptions", "iter_sample_batches"]
+__all__ = ["IMAGE_EXTENSIONS", "SampleOptions", "iter_sample_batches", "iter_sample_rows"]
 
 #: In order of preference where a sample has several.
 IMAGE_EXTENSIONS = (
@@ -85,6 +85,19 @@ def iter_sample_batches(
     Args:
         shards: pairs of (URL, shard name).
     """
+    for rows, images in iter_sample_rows(shards, options):
+        arrays = [*rows.columns, pa.array(images, pa.binary())]
+        yield pa.RecordBatch.from_arrays(arrays, schema=options.schema)
+
+
+def iter_sample_rows(
+    shards: Iterable[tuple[str, str]], options: SampleOptions
+) -> Iterator[tuple[pa.RecordBatch, list[bytes | None]]]:
+    """As `iter_sample_batches`, with the images beside the rows, for which they are not copied.
+
+    Returns:
+        Pairs of a batch without the column ``image`` and its rows' encoded images.
+    """
     for url, name in shards:
         sidecar, fault = None, None
         if options.passthrough:
@@ -96,12 +109,12 @@ def iter_sample_batches(
         for sample in iter_samples(url, options.wants, options.max_image_bytes):
             _append(rows, sample, options)
             if len(rows.keys) >= options.batch_rows or rows.num_bytes >= options.batch_bytes:
-                yield _record_batch(rows, name, sidecar, options)
+                yield _record_batch(rows, name, sidecar, options), rows.images
                 rows = _Rows()
         if fault is not None:
             _append(rows, fault, options)
         if rows.keys:
-            yield _record_batch(rows, name, sidecar, options)
+            yield _record_batch(rows, name, sidecar, options), rows.images
 
 
 def _append(rows: _Rows, sample: Sample, options: SampleOptions) -> None:
@@ -127,11 +140,12 @@ def _append(rows: _Rows, sample: Sample, options: SampleOptions) -> None:
 def _record_batch(
     rows: _Rows, shard: str, sidecar: Sidecar | None, options: SampleOptions
 ) -> pa.RecordBatch:
+    """The rows without their images."""
     arrays = [pa.array([shard] * len(rows.keys), pa.string()), pa.array(rows.keys, pa.string())]
     if options.captions:
         arrays.append(pa.array(rows.captions, pa.string()))
     arrays += passthrough_arrays(options.passthrough, rows.keys, rows.descriptions, sidecar)
     arrays.append(pa.array(rows.statuses, pa.string()))
     arrays.append(pa.array(rows.messages, pa.string()))
-    arrays.append(pa.array(rows.images, pa.binary()))
-    return pa.RecordBatch.from_arrays(arrays, schema=options.schema)
+    schema = options.schema
+    return pa.RecordBatch.from_arrays(arrays, schema=schema.remove(schema.get_field_index(IMAGE)))

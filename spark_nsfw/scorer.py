@@ -111,12 +111,27 @@ class Scorer:
             same rows without ``image``, with embeddings and scores, which are null
             where ``status`` is not ``ok``.
         """
+        return self.score_images(
+            (batch.drop_columns([IMAGE]), [image.as_buffer() for image in batch.column(IMAGE)])
+            for batch in batches
+        )
+
+    def score_images(
+        self, batches: Iterable[tuple[pa.RecordBatch, Sequence[Any]]]
+    ) -> Iterator[pa.RecordBatch]:
+        """As `score`, for images that are not in an Arrow column: they are not copied.
+
+        Args:
+            batches: pairs of a batch without the column ``image``, and for each of its
+                rows the encoded image, bytes or another buffer; what rows have whose
+                status is not ``ok`` does not matter.
+        """
         decoders = _thread_pool(self.embedder.num_threads_per_worker, "decode")
         computers = _thread_pool(self.num_computing_threads, "compute")
         pipeline = _Pipeline(self, decoders, computers)
         try:
-            for batch in batches:
-                pipeline.add(batch)
+            for batch, images in batches:
+                pipeline.add(batch, images)
                 yield from pipeline.finished()
             pipeline.flush()
             yield from pipeline.finished()
@@ -197,25 +212,24 @@ class _Pipeline:
         self.computing: deque[_DeviceBatch] = deque()
         self.free_pixels: list[torch.Tensor] = []
 
-    def add(self, batch: pa.RecordBatch) -> None:
+    def add(self, batch: pa.RecordBatch, images: Sequence[Any]) -> None:
         """Start on the images of a batch; waits while enough others are under way."""
         ok = pc.equal(batch.column(STATUS), Status.OK.value).to_numpy(zero_copy_only=False)
         image_rows = np.flatnonzero(ok)
         width = self.scorer.embedder.embedding_size
         rows = _Rows(
-            batch.drop_columns([IMAGE]),
+            batch,
             image_rows,
             np.zeros((len(image_rows), width), np.float32),
             np.zeros((len(self.scorer.classifiers), len(image_rows)), np.float32),
         )
         self.waiting.append(rows)
-        images = batch.column(IMAGE)
         position = 0
         while position < len(image_rows):
             device_batch = self.filling = self.filling or _DeviceBatch(self._take_pixels())
             start = device_batch.num_images
             count = min(_DECODING_CHUNK, self.scorer.batch_size - start, len(image_rows) - position)
-            chunk = [images[row].as_buffer() for row in image_rows[position : position + count]]
+            chunk = [images[row] for row in image_rows[position : position + count]]
             pixels = device_batch.pixels[start : start + count].numpy()
             decoding = self.decoders.submit(
                 _decode_images, chunk, pixels, self.scorer.embedder.decode
@@ -350,7 +364,7 @@ class _Pipeline:
 
 
 def _decode_images(
-    images: Sequence[pa.Buffer], pixels: npt.NDArray[np.uint8], decode: Decode
+    images: Sequence[Any], pixels: npt.NDArray[np.uint8], decode: Decode
 ) -> list[_Fault]:
     """Decode N images into uint8 (N, S, S, 3); tells which could not be."""
     faults: list[_Fault] = []

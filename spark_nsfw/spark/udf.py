@@ -19,7 +19,7 @@ from pyspark.sql.types import FloatType, StructField, StructType
 from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.samples import SampleOptions, iter_sample_batches
+from spark_nsfw.samples import SampleOptions, iter_sample_rows
 from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_schema
 from spark_nsfw.scorer import fields_of
 from spark_nsfw.spark.reader import iter_shards
@@ -75,23 +75,22 @@ def nsfw_udf(
     @pandas_udf(spark_schema(fields))
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
         scorer = worker_scorer(embedder, chosen, device, keep_embeddings)
-        for batch in scorer.score(map(_image_batch, images)):
+        batches = ((_statuses(series), series.tolist()) for series in images)
+        for batch in scorer.score_images(batches):
             yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
 
     return score
 
 
-def _image_batch(images: pd.Series) -> pa.RecordBatch:
-    array = pa.array(images, pa.binary())
-    present = array.is_valid().to_pylist()
+def _statuses(images: pd.Series) -> pa.RecordBatch:
+    """What is known of the rows before they are scored."""
     ok, missing = (Status.OK.value, None), (Status.IMAGE_MISSING.value, "the image is null")
-    rows = [ok if here else missing for here in present]
+    rows = [ok if here else missing for here in images.notna()]
     columns = [
         pa.array([status for status, _ in rows], pa.string()),
         pa.array([message for _, message in rows], pa.string()),
-        array,
     ]
-    return pa.RecordBatch.from_arrays(columns, names=[STATUS, ERROR_MESSAGE, IMAGE])
+    return pa.RecordBatch.from_arrays(columns, names=[STATUS, ERROR_MESSAGE])
 
 
 def _series(array: pa.Array) -> pd.Series:
@@ -161,7 +160,7 @@ def score_shards(
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = worker_scorer(embedder, chosen, device, keep_embeddings)
-        return scorer.score(iter_sample_batches(iter_shards(batches, inputs), options))
+        return scorer.score_images(iter_sample_rows(iter_shards(batches, inputs), options))
 
     return paths.mapInArrow(score, spark_schema(schema))
 
