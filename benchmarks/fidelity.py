@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vit_base_patch32_clip_quickgelu_224.openai")
     parser.add_argument("--checkpoint")
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--detectors", default="../shared/laion", help="LAION's zips, golden sets")
     parser.add_argument("--precisions", nargs="*", default=["bfloat16", "float16"])
