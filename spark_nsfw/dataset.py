@@ -92,7 +92,7 @@ class ImageTextPairDataset:
 
     @cached_property
     def _options(self) -> SampleOptions:
-        columns = settle_columns(self.spark, self.tar_files[0], self.id_col, None)
+        columns = settle_columns(self.spark, self.tar_files, self.id_col, None, self.captions)
         return SampleOptions(
             captions=self.captions,
             id_col=self.id_col,

@@ -8,6 +8,7 @@ another name or of another type goes to the column ``extra_json``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, ShardUnreadableError
-from spark_nsfw.schema import CONTRACT_COLUMNS, EXTRA_JSON, KEY
+from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, KEY
 from spark_nsfw.shards import iter_samples
 from spark_nsfw.storage import open_input
 
 __all__ = [
+    "SHARDS_FOR_COLUMNS",
     "Description",
     "Sidecar",
     "describe",
+    "infer_from_first",
     "infer_passthrough",
     "output_name",
     "passthrough_arrays",
@@ -33,6 +36,9 @@ __all__ = [
 
 #: How many samples of a shard are looked at to type the keys of its JSON members.
 _INFERENCE_SAMPLES = 100
+
+#: How many shards are tried until one has columns.
+SHARDS_FOR_COLUMNS = 16
 
 #: Arrow types that Spark lacks, and the narrowest Spark has that holds all their values.
 _SPARK_TYPES = {
@@ -49,6 +55,10 @@ _SPARK_TYPES = {
     pa.timestamp("ms"): pa.timestamp("us"),
     pa.timestamp("ns"): pa.timestamp("us"),
 }
+
+
+#: How half of a surrogate pair is written in JSON, escaped or in bytes.
+_MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def spark_type(data_type: pa.DataType) -> pa.DataType:
@@ -68,14 +78,17 @@ def spark_type(data_type: pa.DataType) -> pa.DataType:
     return _SPARK_TYPES.get(data_type, data_type)
 
 
-def output_name(source_name: str, id_col: str) -> str | None:
+def output_name(source_name: str, id_col: str, captions: bool = False) -> str | None:
     """A dataset's column → its name beside ours.
 
-    ``status`` → ``source_status``; None for the id where it repeats our ``key``.
+    ``status`` → ``source_status``, and so does ``Status``, which is the same to Spark; with
+    ``captions``, which are ours, ``caption`` → ``source_caption``. None for the id where it
+    repeats our ``key``.
     """
     if source_name == id_col == KEY:
         return None
-    return f"source_{source_name}" if source_name in CONTRACT_COLUMNS else source_name
+    taken = (*CONTRACT_COLUMNS, CAPTION) if captions else CONTRACT_COLUMNS
+    return f"source_{source_name}" if source_name.casefold() in taken else source_name
 
 
 class Sidecar:
@@ -86,12 +99,13 @@ class Sidecar:
         id_col: the column whose values are the samples' ids. A file that this package wrote
             has the samples' keys instead: after an export with new keys, a sample's JSON
             still names its old one.
+        captions: the column ``caption`` is ours.
 
     Raises:
         ShardUnreadableError: the table has no such column.
     """
 
-    def __init__(self, table: pa.Table, id_col: str) -> None:
+    def __init__(self, table: pa.Table, id_col: str, captions: bool = False) -> None:
         footer = (table.schema.metadata or {}).items()
         self.has_keys = any(b"spark_nsfw" in name + value for name, value in footer)
         if self.has_keys:
@@ -105,14 +119,14 @@ class Sidecar:
         self._row_of = {str(value): row for row, value in enumerate(table[id_col].to_pylist())}
         columns = {}
         for source_name in table.column_names:
-            name = output_name(source_name, id_col)
+            name = output_name(source_name, id_col, captions)
             if name is None or (self.has_keys and source_name in CONTRACT_COLUMNS):
                 continue
             columns[name] = table[source_name].combine_chunks()
         self.columns: dict[str, pa.Array] = columns
 
     @classmethod
-    def read(cls, shard_url: str, id_col: str) -> Sidecar | None:
+    def read(cls, shard_url: str, id_col: str, captions: bool = False) -> Sidecar | None:
         """The sidecar of a shard, or None where there is none.
 
         Raises:
@@ -121,7 +135,7 @@ class Sidecar:
         url = shard_url.removesuffix(".tar") + ".parquet"
         try:
             with open_input(url) as stream:
-                return cls(pq.read_table(stream), id_col)
+                return cls(pq.read_table(stream), id_col, captions)
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
@@ -151,26 +165,59 @@ class Description:
     raw: str | None = None
 
 
-def describe(content: bytes | None, id_col: str) -> Description:
-    """Parse a ``.json`` member; what is no JSON object is kept as it is, with the reason."""
+def describe(content: bytes | None, id_col: str, captions: bool = False) -> Description:
+    """Parse a ``.json`` member; what is no JSON object is kept as it is, with the reason.
+
+    Half a surrogate pair, which is no character, becomes U+FFFD.
+    """
     if content is None:
         return Description()
     try:
         parsed = json.loads(content)
         if not isinstance(parsed, dict):
             raise ValueError("it is not an object")
-    except ValueError as exc:
+        if _MAY_BE_SURROGATE.search(content):
+            text = json.dumps(parsed, ensure_ascii=False)
+            parsed = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except (ValueError, RecursionError) as exc:
         raw = content.decode("utf-8", "replace")
         return Description(problem=f"the .json member cannot be used: {exc}", raw=raw)
-    named = ((output_name(name, id_col), value) for name, value in parsed.items())
+    named = ((output_name(name, id_col, captions), value) for name, value in parsed.items())
     return Description(
         sample_id=str(parsed[id_col]) if id_col in parsed else None,
         values={name: value for name, value in named if name is not None},
     )
 
 
+def infer_from_first(
+    shard_urls: Sequence[str],
+    id_col: str,
+    columns: Sequence[str] | None = None,
+    captions: bool = False,
+) -> list[pa.Field]:
+    """`infer_passthrough` of the first of these shards that has any columns.
+
+    An empty or damaged shard has none, and must not settle what all others have.
+
+    Raises:
+        InputError, ShardUnreadableError: the first that was met, if every shard raised one.
+    """
+    problems: list[Exception] = []
+    for url in shard_urls:
+        try:
+            fields = infer_passthrough(url, id_col, columns, captions)
+        except (InputError, ShardUnreadableError) as exc:
+            problems.append(exc)
+            continue
+        if fields:
+            return fields
+    if problems and len(problems) == len(shard_urls):
+        raise problems[0]
+    return []
+
+
 def infer_passthrough(
-    shard_url: str, id_col: str, columns: Sequence[str] | None = None
+    shard_url: str, id_col: str, columns: Sequence[str] | None = None, captions: bool = False
 ) -> list[pa.Field]:
     """Settle the names and types of a dataset's own columns from one of its shards.
 
@@ -181,6 +228,7 @@ def infer_passthrough(
         shard_url: the shard to look at.
         id_col: the column that holds the sample id, in sidecar and JSON.
         columns: output names to keep; None keeps all of them.
+        captions: the column ``caption`` is ours.
 
     Returns:
         One field per column under its output name; ``extra_json`` comes last where
@@ -193,14 +241,19 @@ def infer_passthrough(
     types: dict[str, pa.DataType] = {}
     samples = iter_samples(shard_url, lambda extension: extension == "json")
     for _, sample in zip(range(_INFERENCE_SAMPLES), samples, strict=False):
-        for name, value in describe(sample.members.get("json"), id_col).values.items():
+        for name, value in describe(sample.members.get("json"), id_col, captions).values.items():
             types[name] = _widen(types.get(name, pa.null()), _json_type(value))
-    sidecar = Sidecar.read(shard_url, id_col)
+    sidecar = Sidecar.read(shard_url, id_col, captions)
     if sidecar is not None:
         types = {name: array.type for name, array in sidecar.columns.items()} | {
             name: data_type for name, data_type in types.items() if name not in sidecar.columns
         }
-    fields = {name: pa.field(name, spark_type(data_type)) for name, data_type in types.items()}
+    fields: dict[str, pa.Field] = {}
+    taken: set[str] = set()
+    for name, data_type in types.items():
+        if name.casefold() not in taken:  # to Spark, `URL` and `url` are one column
+            taken.add(name.casefold())
+            fields[name] = pa.field(name, spark_type(data_type))
     if columns is None:
         extra = [pa.field(EXTRA_JSON, pa.string())] if fields else []
         return [*fields.values(), *extra]
@@ -298,24 +351,39 @@ def passthrough_arrays(
 
 def _typed(values: list[Any], wanted: pa.Field, extras: list[dict[str, Any]]) -> pa.Array:
     """Python values as the column's type; one that does not fit goes to its row's extras."""
-    try:
+    if all(_is_of(value, wanted.type) for value in values):
         return pa.array(values, wanted.type)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        pass  # rare: find out which
     fitted = [_fit(value, wanted, extra) for value, extra in zip(values, extras, strict=True)]
     return pa.array(fitted, wanted.type)
 
 
+def _is_of(value: Any, data_type: pa.DataType) -> bool:
+    """Whether it goes into a column of this type as it is, in the common cases."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return bool(pa.types.is_string(data_type))
+    if isinstance(value, bool):
+        return bool(pa.types.is_boolean(data_type))
+    if isinstance(value, int):
+        return bool(data_type == pa.int64()) and -(2**63) <= value < 2**63
+    return isinstance(value, float) and bool(pa.types.is_floating(data_type))
+
+
 def _fit(value: Any, wanted: pa.Field, extra: dict[str, Any]) -> Any:
-    if value is None or (isinstance(value, str) and pa.types.is_string(wanted.type)):
+    if _is_of(value, wanted.type):
         return value
     if pa.types.is_string(wanted.type):
         return json.dumps(value, default=str)
     try:
-        return pa.scalar(value, wanted.type).as_py()
+        fitted = pa.scalar(value, wanted.type).as_py()
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        extra[wanted.name] = value
-        return None
+        fitted = None
+    # Arrow takes 0.97 into a column of integers as 0, True into one of numbers as 1.
+    if fitted == value and isinstance(value, bool) == pa.types.is_boolean(wanted.type):
+        return fitted
+    extra[wanted.name] = value
+    return None
 
 
 def _cast(array: pa.Array, wanted: pa.Field, extras: list[dict[str, Any]]) -> pa.Array:

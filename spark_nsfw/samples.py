@@ -48,6 +48,10 @@ class SampleOptions:
     batch_rows: int = 256
     batch_bytes: int = 32 << 20
 
+    def __post_init__(self) -> None:
+        extensions = tuple(e.lower().removeprefix(".") for e in self.image_extensions)
+        object.__setattr__(self, "image_extensions", extensions)
+
     @property
     def schema(self) -> pa.Schema:
         """The schema of the batches, `spark_nsfw.schema.sample_schema`."""
@@ -102,7 +106,7 @@ def iter_sample_rows(
         sidecar, fault = None, None
         if options.passthrough:
             try:
-                sidecar = Sidecar.read(url, options.id_col)
+                sidecar = Sidecar.read(url, options.id_col, options.captions)
             except ShardUnreadableError as exc:
                 fault = Sample(None, status=Status.SIDECAR_UNREADABLE, error_message=str(exc))
         rows = _Rows()
@@ -124,7 +128,7 @@ def _append(rows: _Rows, sample: Sample, options: SampleOptions) -> None:
             Status.IMAGE_MISSING,
             f"no image among the members with extension {', '.join(sample.extensions)}",
         )
-    description = describe(sample.members.get("json"), options.id_col)
+    description = describe(sample.members.get("json"), options.id_col, options.captions)
     caption = sample.members.get("txt")
     usable = extension is not None and sample.status is Status.OK and options.images
     image = sample.members[extension] if usable and extension else None

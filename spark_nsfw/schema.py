@@ -95,5 +95,6 @@ def metadata_schema(samples: pa.Schema, results: Sequence[pa.Field]) -> pa.Schem
 
     A column that the shard brought along under a result's name gives way to the result.
     """
-    taken = {field.name for field in results} | {IMAGE}
-    return pa.schema([*(field for field in samples if field.name not in taken), *results])
+    taken = {field.name.casefold() for field in results} | {IMAGE}
+    own = (field for field in samples if field.name.casefold() not in taken)
+    return pa.schema([*own, *results])

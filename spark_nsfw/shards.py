@@ -86,13 +86,24 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A header reader that tells the end of an archive from its loss.
 
     `tarfile` ends its iteration in silence both at the end-of-archive marker and
-    where the bytes run out or turn into something else.
+    where the bytes run out or turn into something else. Before Python 3.11.14 it also
+    walks in circles where a member has a negative size.
     """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0:
+            raise tarfile.InvalidHeaderError(f"a size of {info.size:,} bytes")  # type: ignore[attr-defined]
+        return info
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
         try:
-            return super().fromtarfile(tarfile_)
+            info = super().fromtarfile(tarfile_)
+            if info.size < 0:  # a PAX header may say so
+                raise tarfile.InvalidHeaderError(f"a size of {info.size:,} bytes")  # type: ignore[attr-defined]
+            return info
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as exc:
@@ -101,6 +112,12 @@ class _StrictTarInfo(tarfile.TarInfo):
                 raise ShardUnreadableError(f"not a tar archive ({exc})") from exc
             raise ShardTruncatedError(
                 f"no end-of-archive marker: {exc} at byte {offset:,}"
+            ) from exc
+        except (ValueError, IndexError, OverflowError, RecursionError) as exc:
+            # what tarfile raises over extension headers that are not what they should be
+            raise ShardTruncatedError(
+                f"a header before byte {tarfile_.offset:,} cannot be read: "
+                f"{type(exc).__name__}: {exc}"
             ) from exc
 
 
@@ -121,7 +138,11 @@ def iter_members(
         ShardTruncatedError: the archive ends before its end-of-archive marker.
     """
     try:
-        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictTarInfo) as archive:
+        with tarfile.open(
+            # A name that is not UTF-8 is still a name, but Arrow could not hold its bytes.
+            fileobj=stream, mode="r:", tarinfo=_StrictTarInfo,
+            encoding="utf-8", errors="backslashreplace",
+        ) as archive:  # fmt: skip
             for info in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep every header
                 if info.isdir() or info.ischr() or info.isblk() or info.isfifo():

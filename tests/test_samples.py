@@ -7,13 +7,15 @@ import pytest
 
 from spark_nsfw import SampleOptions, iter_sample_batches
 from spark_nsfw.errors import InputError, ShardUnreadableError
-from spark_nsfw.passthrough import infer_passthrough
+from spark_nsfw.passthrough import infer_from_first, infer_passthrough
 from spark_nsfw.photographs import write_shard
 
 
 def rows(path, **options):
     if "passthrough" not in options:
-        options["passthrough"] = tuple(infer_passthrough(str(path), options.get("id_col", "key")))
+        id_col, captions = options.get("id_col", "key"), options.get("captions", False)
+        fields = infer_passthrough(str(path), id_col, captions=captions)
+        options["passthrough"] = tuple(fields)
     batches = iter_sample_batches([(str(path), "s")], SampleOptions(**options))
     return pa.Table.from_batches(batches).to_pylist()
 
@@ -41,6 +43,70 @@ def test_what_does_not_fit_its_column_is_kept_in_extra_json(tmp_path):
     last = rows(path)[-1]
     assert last["width"] is None
     assert json.loads(last["extra_json"]) == {"width": "wide", "new": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [(0, 0.97), (0.5, True), (1, True), (True, 1), (1, "1"), (0.5, 2**53 + 1), (1, 2**63)],
+)
+def test_no_value_is_bent_to_fit(tmp_path, first, later):
+    write_shard(tmp_path / "s.tar", described(*[{"v": first}] * 100, {"v": later}))
+    last = rows(tmp_path / "s.tar")[-1]
+    assert last["v"] is None
+    assert json.loads(last["extra_json"]) == {"v": later}
+
+
+def test_whole_numbers_go_into_a_column_of_floats(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"v": 0.5}, {"v": 2}))
+    assert [(row["v"], row["extra_json"]) for row in rows(tmp_path / "s.tar")] == [
+        (0.5, None),
+        (2.0, None),
+    ]
+
+
+def test_half_an_emoji_costs_nothing_but_itself(tmp_path):
+    halves = [rb'{"c": "smile \ud83d"}', b'{"c": "smile \xed\xa0\xbd"}', rb'{"c": "\ud83d\ude00"}']
+    write_shard(
+        tmp_path / "s.tar", [(f"{i}", [("jpg", b"x"), ("json", j)]) for i, j in enumerate(halves)]
+    )
+    assert [row["c"] for row in rows(tmp_path / "s.tar")] == ["smile \ufffd"] * 2 + ["\U0001f600"]
+
+
+def test_json_too_deep_to_read_is_kept_and_told(tmp_path):
+    deep = b"[" * 100_000
+    write_shard(tmp_path / "s.tar", [*described({"a": 1}), ("x", [("jpg", b"x"), ("json", deep)])])
+    row = rows(tmp_path / "s.tar")[1]
+    assert "cannot be used" in row["error_message"]
+    assert json.loads(row["extra_json"]) == deep.decode()
+
+
+def test_a_caption_of_the_datasets_own_gives_way_to_the_captions(tmp_path):
+    members = [("jpg", b"x"), ("txt", b"ours"), ("json", b'{"caption": "theirs"}')]
+    write_shard(tmp_path / "s.tar", [("0", members)])
+    (row,) = rows(tmp_path / "s.tar", captions=True)
+    assert (row["caption"], row["source_caption"]) == ("ours", "theirs")
+    (row,) = rows(tmp_path / "s.tar")
+    assert row["caption"] == "theirs"
+
+
+def test_names_that_differ_in_case_only_are_one_column(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"url": "a", "URL": "b", "Status": "c"}))
+    (row,) = rows(tmp_path / "s.tar")
+    assert (row["url"], row["source_Status"]) == ("a", "c")
+    assert "URL" not in row
+    assert json.loads(row["extra_json"]) == {"URL": "b"}
+
+
+def test_a_shard_without_columns_does_not_settle_them(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    write_shard(tmp_path / "b.tar", described({"width": 1}))
+    (tmp_path / "b.parquet").write_bytes(b"no Parquet")
+    write_shard(tmp_path / "c.tar", described({"width": 1}))
+    paths = [str(tmp_path / f"{name}.tar") for name in "abc"]
+    assert [f.name for f in infer_from_first(paths, "key")] == ["width", "extra_json"]
+    assert infer_from_first(paths[:2], "key") == []
+    with pytest.raises(ShardUnreadableError, match=r"b\.parquet"):
+        infer_from_first(paths[1:2], "key")
 
 
 def test_json_that_is_none_is_kept_and_told(tmp_path):
@@ -159,7 +225,7 @@ def test_the_preferred_image_wins_and_a_missing_one_is_told(tmp_path):
     assert both["image"] == b"j"
     assert (odd["status"], odd["image"]) == ("image_missing", None)
     assert "v2.jpg, txt" in odd["error_message"]
-    assert [r["image"] for r in rows(path, image_extensions=("v2.jpg", "png"))] == [b"p", b"x"]
+    assert [r["image"] for r in rows(path, image_extensions=(".V2.jpg", "png"))] == [b"p", b"x"]
 
 
 def test_captions_are_kept_when_asked(tmp_path):

@@ -4,6 +4,7 @@ import tarfile
 import pytest
 import webdataset.tariterators as reference
 
+from spark_nsfw import SampleOptions, iter_sample_batches
 from spark_nsfw.schema import Status
 from spark_nsfw.shards import iter_samples, split_name
 
@@ -185,3 +186,45 @@ def test_memory_holds_one_sample_at_a_time(tmp_path):
     tracemalloc.stop()
     assert count == 60
     assert peak < 4_000_000  # of 30 MB in the shard; the read buffer has 1 MiB
+
+
+def test_a_name_that_is_not_utf8_is_a_name_all_the_same(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("caf\u00e9.jpg", "caf\u00e9.s\u00e9.txt", "z.jpg"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    batches = iter_sample_batches([(str(path), "s")], SampleOptions())
+    keys = [key for batch in batches for key in batch.column("key").to_pylist()]
+    assert keys == ["caf\\xe9", "z"]
+
+
+def member_of_size(name, size):
+    """A header as GNU tar writes large sizes, in base 256, where a size may be negative."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("name", ["b.jpg", "b.txt"])
+@pytest.mark.parametrize("size", [-1, -512, -1024])
+def test_a_negative_size_is_damage_and_no_walk_in_circles(tmp_path, name, size):
+    good = write_tar(tmp_path / "good.tar", [("a.jpg", b"x" * 512)]).read_bytes()[:1024]
+    path = tmp_path / "s.tar"
+    path.write_bytes(good + member_of_size(name, size) + bytes(1024))
+    first, fault = iter_samples(str(path), lambda extension: extension == "jpg")
+    assert (first.key, first.status) == ("a", Status.OK)
+    assert (fault.key, fault.status) == (None, Status.SHARD_TRUNCATED)
+    assert f"{size:,}" in fault.error_message
+
+
+@pytest.mark.parametrize("headers", [{"size": "-512"}, {"GNU.sparse.map": "1,a"}])
+def test_extension_headers_that_cannot_be_are_damage(tmp_path, headers):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+        info = tarfile.TarInfo("b.jpg")
+        info.pax_headers = headers
+        archive.addfile(info)
+    first, fault = iter_samples(str(path))
+    assert (first.key, first.status) == ("a", Status.OK)
+    assert (fault.key, fault.status) == (None, Status.SHARD_TRUNCATED)

@@ -12,9 +12,9 @@ from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import InputError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.passthrough import infer_passthrough
+from spark_nsfw.passthrough import SHARDS_FOR_COLUMNS, infer_from_first
 from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
-from spark_nsfw.schema import CAPTION, IMAGE, sample_schema
+from spark_nsfw.schema import IMAGE, sample_schema
 from spark_nsfw.shards import MAX_MEMBER_BYTES
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.types import arrow_fields, spark_schema
@@ -70,17 +70,18 @@ class WebDatasetSource(DataSource):
         return "webdataset"
 
     def schema(self) -> StructType:
-        """The columns, the dataset's own as found in the first shard.
+        """The columns, the dataset's own as found in the first shard that has any.
 
         Raises:
             InputError: no shards, or an option that cannot be.
         """
         columns = _names(self.options.get("columns"))
+        captions = self._flag("captions", False)
         passthrough: Sequence[pa.Field] = ()
         if columns is None or columns:
-            first = self._inputs.list_paths()[0]
-            passthrough = infer_passthrough(first, self._id_col, columns)
-        fields = sample_schema(captions=self._flag("captions", False), passthrough=passthrough)
+            shards = self._inputs.list_paths()[:SHARDS_FOR_COLUMNS]
+            passthrough = infer_from_first(shards, self._id_col, columns, captions)
+        fields = sample_schema(captions=captions, passthrough=passthrough)
         images = self._flag("images", True)
         return spark_schema(field for field in fields if images or field.name != IMAGE)
 
@@ -88,10 +89,11 @@ class WebDatasetSource(DataSource):
         """A reader of these columns, Spark's or the user's, and of nothing besides."""
         extensions = _names(self.options.get("image_extensions"))
         names = schema.fieldNames()
-        own = {*sample_schema(captions=True).names}
+        captions = self._flag("captions", False)
+        own = {*sample_schema(captions=captions).names}
         options = SampleOptions(
             image_extensions=extensions or IMAGE_EXTENSIONS,
-            captions=CAPTION in names,
+            captions=captions,
             id_col=self._id_col,
             passthrough=tuple(field for field in arrow_fields(schema) if field.name not in own),
             max_image_bytes=int(self.options.get("max_image_bytes", MAX_MEMBER_BYTES)),

@@ -190,7 +190,9 @@ def run_job(
         existing = _existing_schema(spark, output)
         path_of_shard = {inputs.shard_name(path): path for path in shards}
         if existing is None:
-            passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
+            passthrough = settle_columns(
+                spark, shards, options.samples.id_col, options.columns, options.samples.captions
+            )
         else:
             _refuse_another_note(output, read_provenance(existing) or {}, note, options)
             passthrough = _passthrough_of(existing, options, embedder, chosen)

@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from spark_nsfw.errors import InputError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.passthrough import infer_passthrough
+from spark_nsfw.passthrough import SHARDS_FOR_COLUMNS, infer_from_first
 from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
 from spark_nsfw.shards import MAX_MEMBER_BYTES
 from spark_nsfw.spark.pools import reader_workers
@@ -52,20 +52,27 @@ def list_shards(spark: SparkSession, inputs: ShardInputs) -> list[str]:
 
 
 def settle_columns(
-    spark: SparkSession, shard: str, id_col: str, columns: Sequence[str] | None
+    spark: SparkSession,
+    shards: Sequence[str],
+    id_col: str,
+    columns: Sequence[str] | None,
+    captions: bool = False,
 ) -> tuple[pa.Field, ...]:
-    """The dataset's own columns, found by an executor in one shard.
+    """The dataset's own columns, found by an executor in the first shard that has any.
+
+    Shards that are empty or damaged have none; a few are tried.
 
     Raises:
-        InputError: a wanted column is not there, or the sidecar cannot be used.
+        InputError: a wanted column is not there, or no sidecar can be used.
     """
     if columns is not None and not columns:
         return ()
+    tried = list(shards[:SHARDS_FOR_COLUMNS])
 
     def infer(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
             try:
-                fields = infer_passthrough(shard, id_col, columns)
+                fields = infer_from_first(tried, id_col, columns, captions)
                 found, problem = pa.schema(fields).serialize().to_pybytes().hex(), None
             except Exception as exc:  # told by the driver, without a worker's traceback
                 found, problem = None, str(exc)
@@ -134,12 +141,12 @@ def read_webdataset(
         InputError: no shards, a missing shard or column, or two shards of one name.
     """
     inputs = ShardInputs.parse(path)
-    first = list_shards(spark, inputs)[0]
+    shards = list_shards(spark, inputs)
     options = SampleOptions(
-        image_extensions=tuple(extension.lower() for extension in image_extensions),
+        image_extensions=tuple(image_extensions),
         captions=captions,
         id_col=id_col,
-        passthrough=settle_columns(spark, first, id_col, columns),
+        passthrough=settle_columns(spark, shards, id_col, columns, captions),
         max_image_bytes=max_image_bytes,
     )
     return read_samples(shard_paths(spark, inputs), inputs, options)
