@@ -105,7 +105,8 @@ class ImageClassifier:
     def load_model(self, device: str) -> Model:
         """Load the network, ready to score, on ``device``: float32 (N, D) → float32 (N,).
 
-        A `torch.nn.Module` in eval mode will do; a trailing axis of one is dropped.
+        A `torch.nn.Module` in eval mode will do; a trailing axis of one is dropped. It is
+        called on one thread, before any image is scored.
         """
         raise NotImplementedError(f"{type(self).__name__} must define load_model")
 
@@ -227,7 +228,13 @@ class ImageClassifier:
     def _forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         model = self.for_embedding_size(embeddings.shape[1]).model(str(embeddings.device))
         block = _CPU_BLOCK_ROWS if embeddings.device.type == "cpu" else max(len(embeddings), 1)
-        return in_blocks(model, embeddings, block).reshape(-1).to(torch.float32)
+        scores = in_blocks(model, embeddings, block)
+        if scores.numel() != len(embeddings):
+            raise InputError(
+                f"the model of {type(self).__name__} gives {tuple(scores.shape[1:])} for an "
+                "embedding, a classifier has one score: (N,) or (N, 1)"
+            )
+        return scores.reshape(-1).to(torch.float32)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
         """The dataset with this classifier's score column, computed when it is read or saved.

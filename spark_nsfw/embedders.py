@@ -194,10 +194,12 @@ class TimmImageEmbedder:
             WeightsUnavailableError: the file cannot be had.
         """
         source = self.checkpoint_path or self.model_name
+        if self._sha256 is not None:
+            return Weights(source, self._sha256)
         path = self._file()
         if path is None:
             return Weights(f"random (seed {RANDOM_SEED})", None)
-        return Weights(source, self._sha256 or file_sha256(path))
+        return Weights(source, file_sha256(path))
 
     def pin_weights(self) -> None:
         """Settle which file it is, so that every worker checks its own copy against it."""

@@ -32,6 +32,11 @@ __all__ = [
 Decode = Literal["exact", "fast"]
 DECODES: tuple[Decode, ...] = get_args(Decode)
 
+Image.init()  # in a thread's first `Image.open` it would hide the formats from other threads
+
+#: These pillow reads by starting another program, without a limit on its time.
+_NOT_READ = ("EPS",)
+
 #: Default limit on width × height, of the file and of the resized image; pillow's own.
 MAX_IMAGE_PIXELS = 89_478_485
 
@@ -61,7 +66,7 @@ def decode_image(
     max_pixels: int = MAX_IMAGE_PIXELS,
     decode: Decode = "exact",
 ) -> npt.NDArray[np.uint8]:
-    """Decode one image of any format and mode that pillow reads.
+    """Decode one image of any format and mode that pillow reads by itself: not EPS.
 
     The first frame of an animation counts, and EXIF orientation is ignored, as in
     the reference transform.
@@ -86,7 +91,8 @@ def decode_image(
         if pixels is not None:
             return pixels
     try:
-        with Image.open(io.BytesIO(image_bytes)) as image:
+        formats = [name for name in Image.ID if name not in _NOT_READ]
+        with Image.open(io.BytesIO(image_bytes), formats=formats) as image:
             width, height = image.size
             _check_size(width, height, size, max_pixels)
             if decode == "fast" and image.mode == "RGB":
@@ -153,7 +159,10 @@ def _resize_fast(rgb: torch.Tensor, size: int) -> npt.NDArray[np.uint8]:
     new_width, new_height = resized_size(width, height, size)
     left, top, right, bottom = center_crop_box(new_width, new_height, size)
     if (new_width, new_height) != (width, height):
-        rgb = nn.functional.interpolate(
-            rgb.unsqueeze(0), (new_height, new_width), mode="bicubic", antialias=True
-        ).squeeze(0)
+        try:
+            rgb = nn.functional.interpolate(
+                rgb.unsqueeze(0), (new_height, new_width), mode="bicubic", antialias=True
+            ).squeeze(0)
+        except RuntimeError as exc:  # torch's way to say that memory is short
+            raise MemoryError(str(exc)) from exc
     return rgb[:, top:bottom, left:right].permute(1, 2, 0).numpy()

@@ -13,8 +13,9 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ _DECODING_CHUNK = 8
 #: Threads that keep a GPU busy: while one waits for its results, the other has copied and
 #: launched the next batch. Each has a stream of its own.
 _GPU_STREAMS = 2
+
+#: Rows that wait, at most, until a device batch is full; hardly any of them has an image then.
+_ROWS_WAITING = 16_384
 
 #: On a CPU the tower takes a few images at a time anyway, larger batches would only hold pixels.
 _CPU_BATCH_SIZE = 64
@@ -92,6 +96,7 @@ class Scorer:
         self.keep_embeddings = keep_embeddings
         #: Images per forward pass that the device has memory for, as far as is known.
         self.fitting_batch_size = self.batch_size
+        self.passes = _Passes(self.num_computing_threads, self.device if self.on_gpu else None)
 
     @property
     def result_fields(self) -> list[pa.Field]:
@@ -123,8 +128,8 @@ class Scorer:
 
         Args:
             batches: pairs of a batch without the column ``image``, and for each of its
-                rows the encoded image, bytes or another buffer; what rows have whose
-                status is not ``ok`` does not matter.
+                rows the encoded image, bytes or another buffer, or None; what rows have
+                whose status is not ``ok`` does not matter.
         """
         decoders = _thread_pool(self.embedder.num_threads_per_worker, "decode")
         computers = _thread_pool(self.num_computing_threads, "compute")
@@ -138,6 +143,46 @@ class Scorer:
         finally:
             for pool in (decoders, computers):
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Passes:
+    """Forward passes on a device: some at a time, each with a stream of its own, or one alone.
+
+    The streams are kept for good: torch keeps the memory that was freed on each.
+    """
+
+    def __init__(self, limit: int, gpu: str | None) -> None:
+        self._limit = limit
+        self._permits = threading.Semaphore(limit)
+        self._alone = threading.Lock()
+        self._streams: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(limit):
+            self._streams.put(None if gpu is None else torch.cuda.Stream(gpu))
+
+    @contextmanager
+    def one_of_several(self) -> Iterator[None]:
+        with self._permits, self._stream():
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._alone:
+            for _ in range(self._limit):
+                self._permits.acquire()
+            try:
+                with self._stream():
+                    yield
+            finally:
+                self._permits.release(self._limit)
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        stream = self._streams.get()
+        try:
+            with torch.cuda.stream(stream):  # None is no change
+                yield
+        finally:
+            self._streams.put(stream)
 
 
 def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
@@ -175,6 +220,9 @@ class _Rows:
 #: Position of an image in a list, and what is wrong with it.
 _Fault = tuple[int, Status, str]
 
+#: Embeddings float32 (N, D) and each classifier's scores float32 (N,), on the CPU.
+_Results = tuple[torch.Tensor, list[torch.Tensor]]
+
 
 @dataclass
 class _Chunk:
@@ -193,7 +241,7 @@ class _DeviceBatch:
     pixels: torch.Tensor
     chunks: list[_Chunk] = field(default_factory=list)
     num_images: int = 0
-    computing: Future[tuple[torch.Tensor, list[torch.Tensor]]] | None = None
+    computing: Future[_Results] | None = None
 
 
 class _Pipeline:
@@ -206,8 +254,14 @@ class _Pipeline:
         self.decoders = decoders
         self.computers = computers
         self.tower = scorer.embedder.load_embedding_model(scorer.device)
-        self.streams = threading.local()
+        # Loaded here: the computing threads would all load it at once.
+        device = str(torch.empty(0, device=scorer.device).device)
+        for classifier in scorer.classifiers:
+            classifier.model(device)
+        if scorer.on_gpu:
+            torch.cuda.synchronize(device)  # other streams would not wait for the weights
         self.waiting: deque[_Rows] = deque()
+        self.num_rows_waiting = 0
         self.filling: _DeviceBatch | None = None
         self.computing: deque[_DeviceBatch] = deque()
         self.free_pixels: list[torch.Tensor] = []
@@ -224,6 +278,7 @@ class _Pipeline:
             np.zeros((len(self.scorer.classifiers), len(image_rows)), np.float32),
         )
         self.waiting.append(rows)
+        self.num_rows_waiting += batch.num_rows
         position = 0
         while position < len(image_rows):
             device_batch = self.filling = self.filling or _DeviceBatch(self._take_pixels())
@@ -239,6 +294,8 @@ class _Pipeline:
             position += count
             if device_batch.num_images == self.scorer.batch_size:
                 self._launch(device_batch)
+        if self.filling is not None and self.num_rows_waiting > _ROWS_WAITING:
+            self._launch(self.filling)
 
     def _take_pixels(self) -> torch.Tensor:
         if self.free_pixels:
@@ -268,48 +325,59 @@ class _Pipeline:
         while self.computing and self.computing[0].computing.done():  # type: ignore[union-attr]
             self._finish(self.computing.popleft())
         while self.waiting and self.waiting[0].num_done == len(self.waiting[0].image_rows):
-            yield self._metadata(self.waiting.popleft())
+            rows = self.waiting.popleft()
+            self.num_rows_waiting -= rows.batch.num_rows
+            yield self._metadata(rows)
 
-    def _compute(self, batch: _DeviceBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Embeddings float32 (N, D) and each classifier's scores float32 (N,), on the CPU."""
+    def _compute(self, batch: _DeviceBatch) -> _Results:
         for chunk in batch.chunks:
             chunk.decoding.result()  # `wait` would never hear that one was cancelled
-        with torch.inference_mode(), self._stream():
-            embeddings = self._embed(batch.pixels[: batch.num_images])
-            scores = [classifier.score(embeddings) for classifier in self.scorer.classifiers]
-            return embeddings.cpu(), [column.cpu() for column in scores]
+        with torch.inference_mode():
+            return self._score(batch.pixels[: batch.num_images])
 
-    def _stream(self) -> AbstractContextManager[Any]:
-        """This thread's own queue on the GPU."""
-        if not self.scorer.on_gpu:
-            return nullcontext()
-        if not hasattr(self.streams, "own"):
-            self.streams.own = torch.cuda.Stream(self.scorer.device)
-        return torch.cuda.stream(self.streams.own)
+    def _score(self, pixels: torch.Tensor) -> _Results:
+        """Score uint8 (N, S, S, 3), in pieces that the device has memory for.
 
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, S, S, 3) → float32 (N, D) on the device.
-
-        Where the device has no memory for a batch, half of it is tried, and what fitted
-        is kept for all batches to come.
+        Where it has not, half is tried, alone, because the other passes may have had the
+        memory. What a full batch taught is kept for all to come.
         """
-        while True:
-            pieces = pixels.split(self.scorer.fitting_batch_size)
+        scorer, size = self.scorer, self.scorer.fitting_batch_size
+        with scorer.passes.one_of_several():
             try:
-                return torch.cat(
-                    [self.tower(p.to(self.scorer.device, non_blocking=True)) for p in pieces]
-                )
-            except torch.cuda.OutOfMemoryError:
-                tried = len(pieces[0])
-                if tried == 1:
+                return self._forward(pixels, size)
+            except RuntimeError as exc:
+                if not _out_of_memory(exc):
                     raise
-                fitting = min(self.scorer.fitting_batch_size, (tried + 1) // 2)
-                self.scorer.fitting_batch_size = fitting
-                _log.warning(
-                    "%s has no memory for a batch of %d images, going on with %d",
-                    self.scorer.device, tried, fitting,
-                )  # fmt: skip
-                torch.cuda.empty_cache()
+        with scorer.passes.alone():
+            while True:
+                torch.cuda.empty_cache()  # out of the except block, which held the tensors
+                size = self._smaller(min(size, len(pixels)))
+                try:
+                    return self._forward(pixels, size)
+                except RuntimeError as exc:
+                    if size == 1 or not _out_of_memory(exc):
+                        raise
+
+    def _forward(self, pixels: torch.Tensor, size: int) -> _Results:
+        device = self.scorer.device
+        pieces = [self.tower(p.to(device, non_blocking=True)) for p in pixels.split(size)]
+        embeddings = torch.cat(pieces)
+        scores = [classifier.score(embeddings) for classifier in self.scorer.classifiers]
+        return embeddings.cpu(), [column.cpu() for column in scores]
+
+    def _smaller(self, tried: int) -> int:
+        """The size to try after this one did not fit."""
+        scorer = self.scorer
+        if tried > scorer.fitting_batch_size:
+            return scorer.fitting_batch_size  # another thread found it meanwhile
+        half = (tried + 1) // 2
+        if 1 < tried == scorer.fitting_batch_size:
+            scorer.fitting_batch_size = half
+            _log.warning(
+                "%s has no memory for a batch of %d images, going on with %d",
+                scorer.device, tried, half,
+            )  # fmt: skip
+        return half
 
     def _finish(self, batch: _DeviceBatch) -> None:
         """Give the rows of a batch their results."""
@@ -369,6 +437,9 @@ def _decode_images(
     """Decode N images into uint8 (N, S, S, 3); tells which could not be."""
     faults: list[_Fault] = []
     for position, image in enumerate(images):
+        if image is None:
+            faults.append((position, Status.IMAGE_MISSING, "the image is null"))
+            continue
         try:
             pixels[position] = decode_image(memoryview(image), pixels.shape[1], decode=decode)
         except OversizedImageError as exc:
@@ -376,6 +447,11 @@ def _decode_images(
         except ImageError as exc:
             faults.append((position, Status.IMAGE_UNDECODABLE, str(exc)))
     return faults
+
+
+def _out_of_memory(exc: RuntimeError) -> bool:
+    """Whether the GPU's memory was short; cuBLAS and cuDNN say so in their own words."""
+    return isinstance(exc, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(exc)
 
 
 def _embedding_array(

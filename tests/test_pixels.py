@@ -191,3 +191,24 @@ def test_fast_refuses_too_many_pixels_before_it_decodes():
     content = encode(Image.new("RGB", (4000, 3000)), "JPEG")
     with pytest.raises(OversizedImageError, match="4000 x 3000"):
         decode_image(content, 224, max_pixels=10_000_000, decode="fast")
+
+
+def test_postscript_is_not_read_because_it_would_start_another_program(monkeypatch):
+    def interpreter(*_, **__):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter)
+    endless = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"
+    for decode in ("exact", "fast"):
+        with pytest.raises(UndecodableImageError, match="in no format that pillow knows"):
+            decode_image(endless, 224, decode=decode)
+
+
+def test_a_want_of_memory_is_no_fault_of_the_image(monkeypatch):
+    def short(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("torch.nn.functional.interpolate", short)
+    for image_format in ("JPEG", "PNG"):
+        with pytest.raises(MemoryError, match="allocate"):
+            decode_image(encode(next(photographs()), image_format), 224, decode="fast")

@@ -250,3 +250,96 @@ def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
     embedder._towers["cpu"] = no_tower
     with pytest.raises(torch.cuda.OutOfMemoryError):
         score(Scorer(embedder, device="cpu"), shards)
+
+
+def test_a_want_of_memory_that_passes_teaches_nothing_about_a_rest(shards, embedder, expected):
+    """A batch that is not full is tried again, alone, and the size of the full ones stays."""
+    scorer = Scorer(embedder, device="cpu")
+    tower = embedder.load_embedding_model("cpu")
+    sizes = []
+
+    def busy_tower(pixels):
+        sizes.append(len(pixels))
+        if len(sizes) == 1:
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return tower(pixels)
+
+    embedder._towers["cpu"] = busy_tower
+    batches = list(iter_sample_batches(all_shards(shards)[:1], SampleOptions()))
+    for num_images in (1, 3):
+        sizes.clear()
+        (rows,) = scorer.score([batches[0].slice(0, num_images)])
+        assert rows["nsfw_score"].to_pylist() == [row[3] for row in expected[:num_images]]
+        assert sizes[0] == num_images
+    assert scorer.fitting_batch_size == scorer.batch_size
+
+
+def test_another_error_of_the_tower_is_no_want_of_memory(shards, embedder):
+    def broken_tower(pixels):
+        raise RuntimeError("a kernel failed")
+
+    embedder._towers["cpu"] = broken_tower
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        score(Scorer(embedder, device="cpu"), shards)
+
+
+def test_rows_without_images_do_not_wait_for_a_batch_to_fill(shards, embedder):
+    (batch,) = iter_sample_batches(all_shards(shards)[:1], SampleOptions())
+    missing = batch.slice(1, 1).set_column(
+        batch.schema.get_field_index("status"),
+        batch.schema.field("status"),
+        pa.array(["image_missing"]),
+    )
+    asked = 0
+
+    def one_image_then_none():
+        nonlocal asked
+        yield batch.slice(0, 1)
+        while True:
+            asked += 1
+            yield pa.Table.from_batches([missing] * 500).combine_chunks().to_batches()[0]
+
+    rows = Scorer(embedder, device="cpu").score(one_image_then_none())
+    assert next(rows)["status"].to_pylist() == ["ok"]
+    rows.close()
+    assert asked < 1000
+
+
+def test_an_image_that_is_null_is_missing(shards, embedder):
+    (batch,) = iter_sample_batches(all_shards(shards)[:1], SampleOptions(images=False))
+    (rows,) = Scorer(embedder, device="cpu").score([batch])
+    assert set(rows["status"].to_pylist()) == {"image_missing"}
+    assert rows["nsfw_score"].null_count == rows.num_rows > 0
+
+
+class RandomClassifier(ImageClassifier):
+    num_loads = 0
+
+    def __init__(self):
+        super().__init__("x")
+
+    def load_model(self, device):
+        type(self).num_loads += 1
+        time.sleep(0.05)
+        return torch.nn.Linear(768, 1)
+
+
+def test_a_classifier_is_loaded_once_not_by_every_thread(shards, embedder, monkeypatch):
+    embedder.batch_size = 1
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    scorer = Scorer(embedder, [RandomClassifier()], device="cpu")
+    score(scorer, shards)
+    assert RandomClassifier.num_loads == 1
+
+
+class TwoScores(ImageClassifier):
+    def __init__(self):
+        super().__init__("x")
+
+    def load_model(self, device):
+        return torch.nn.Linear(768, 2)
+
+
+def test_a_classifier_with_two_scores_is_refused(shards, embedder):
+    with pytest.raises(InputError, match=r"TwoScores gives \(2,\)"):
+        score(Scorer(embedder, [TwoScores()], device="cpu"), shards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from pyspark.sql import SparkSession
 __all__ = ["reader_workers"]
 
 _ROLE_VARIABLE = "SPARK_NSFW_ROLE"
+
+#: The environment is the context's, and threads share that.
+_lock = threading.RLock()
 
 
 @contextmanager
@@ -24,8 +28,9 @@ def reader_workers(spark: SparkSession) -> Iterator[None]:
     if context is None:
         yield
         return
-    context.environment[_ROLE_VARIABLE] = "reader"
-    try:
-        yield
-    finally:
-        del context.environment[_ROLE_VARIABLE]
+    with _lock:
+        context.environment[_ROLE_VARIABLE] = "reader"
+        try:
+            yield
+        finally:
+            del context.environment[_ROLE_VARIABLE]

@@ -75,21 +75,16 @@ def nsfw_udf(
     @pandas_udf(spark_schema(fields))
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
         scorer = worker_scorer(embedder, chosen, device, keep_embeddings)
-        batches = ((_statuses(series), series.tolist()) for series in images)
+        batches = ((_all_ok(len(series)), series.tolist()) for series in images)
         for batch in scorer.score_images(batches):
             yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
 
     return score
 
 
-def _statuses(images: pd.Series) -> pa.RecordBatch:
-    """What is known of the rows before they are scored."""
-    ok, missing = (Status.OK.value, None), (Status.IMAGE_MISSING.value, "the image is null")
-    rows = [ok if here else missing for here in images.notna()]
-    columns = [
-        pa.array([status for status, _ in rows], pa.string()),
-        pa.array([message for _, message in rows], pa.string()),
-    ]
+def _all_ok(num_rows: int) -> pa.RecordBatch:
+    """What is known of images before they are scored."""
+    columns = [pa.array([Status.OK.value] * num_rows), pa.nulls(num_rows, pa.string())]
     return pa.RecordBatch.from_arrays(columns, names=[STATUS, ERROR_MESSAGE])
 
 
