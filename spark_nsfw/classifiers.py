@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -156,12 +158,21 @@ class ImageClassifier:
 
         By default its class, its public attributes, and its weights, whatever path they
         were read from.
+
+        Raises:
+            InputError: an attribute is neither plain data nor can it be pickled.
         """
-        attributes = {
-            name: value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
-            for name, value in sorted(vars(self).items())
-            if not name.startswith("_") and name not in _NOT_DESCRIBED
-        }
+        attributes = {}
+        for name, value in sorted(vars(self).items()):
+            if name.startswith("_") or name in _NOT_DESCRIBED:
+                continue
+            try:
+                attributes[name] = _described(value)
+            except Exception as exc:
+                raise InputError(
+                    f"{type(self).__name__}.{name} cannot be told from another value ({exc}): "
+                    f"call it _{name} if no score depends on it, or define describe()"
+                ) from exc
         described: dict[str, Any] = {"classifier": type(self).__qualname__} | attributes
         weights = self.weights
         if weights is not None:
@@ -248,6 +259,28 @@ class ImageClassifier:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_models": {}}  # every process loads its own
+
+
+def _described(value: Any) -> bool | int | float | str | None:
+    """A value in a word; two that differ are never described alike, if they are data."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if _is_plain(value):
+        return repr(value)
+    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    if isinstance(array, np.ndarray) and array.dtype != object:
+        content = f"{array.dtype}{array.shape}".encode() + array.tobytes()
+    else:
+        content = pickle.dumps(value, protocol=4)
+    return f"{type(value).__qualname__} of sha256 {hashlib.sha256(content).hexdigest()}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 class NsfwDetector(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from pyspark.sql import functions as F
 from test_scorer import all_shards
 
@@ -26,7 +27,7 @@ from spark_nsfw import (
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.photographs import write_photograph_shards, write_shard
 from spark_nsfw.shards import iter_samples
-from spark_nsfw.spark.workers import choose_device
+from spark_nsfw.spark.workers import choose_device, classifier_identity, worker_scorer
 
 
 @pytest.fixture(scope="module")
@@ -284,10 +285,53 @@ def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch)
             return {"gpu": type("Gpu", (), {"addresses": ["1"]})}
 
     monkeypatch.setattr("pyspark.TaskContext.get", lambda: Task())
-    assert choose_device() == "cuda:1"
+    assert choose_device() == choose_device("cuda") == "cuda:1"
+    for visible, expected in {"0,1,2": 1, "4,1": 1, "1,0": 0, "GPU-7": 0, "7": 0}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert choose_device() == f"cuda:{expected}", visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("pyspark.TaskContext.get", lambda: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_device() == "cpu"
+    assert choose_device("cuda") == "cuda:0"  # where the driver found GPUs, none is no choice
+
+
+class Weighted(ImageClassifier):
+    def __init__(self, weights, factor=1):
+        super().__init__("x")
+        self.weights_of_it = weights
+        self.factor = factor
+
+
+def test_two_classifiers_are_known_as_two(monkeypatch):
+    long = np.zeros(2000)
+    other = long.copy()
+    other[1000] = 1
+    weights = [long, other, torch.tensor(long), torch.tensor(other), [1, 2], {"a": 1}, {1, 2}, None]
+    identities = [classifier_identity(Weighted(w)) for w in weights]
+    assert len(set(identities)) == len(weights)
+    assert identities == [classifier_identity(Weighted(w)) for w in weights]
+    with pytest.raises(InputError, match=r"weights_of_it cannot be told.*_weights_of_it"):
+        classifier_identity(Weighted(lambda: 1))
+
+    def redefined(factor):
+        class Edited(ImageClassifier):
+            def load_model(self, device):
+                return lambda embeddings: embeddings.sum(dim=1) * factor
+
+        Edited.__qualname__ = "Edited"
+        return Edited("x")
+
+    assert classifier_identity(redefined(1)) != classifier_identity(redefined(2))
+
+
+def test_a_worker_keeps_few_models(embedder, monkeypatch):
+    kept = {}
+    monkeypatch.setattr("spark_nsfw.spark.workers._scorers", kept)
+    scorers = [worker_scorer(embedder, [], "cpu", True, name) for name in "abca"]
+    assert len(set(map(id, scorers))) == 4  # the first "a" had to go
+    assert worker_scorer(embedder, [], "cpu", True, "a") is scorers[3]
+    assert len(kept) == 2
 
 
 def test_save_metadata_writes_parquet_by_shard(spark, shards, embedder, core_rows, tmp_path):

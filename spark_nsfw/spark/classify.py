@@ -19,7 +19,7 @@ from spark_nsfw.provenance import inspect_output, package_version, refuse_anothe
 from spark_nsfw.schema import SHARD
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import spark_schema
-from spark_nsfw.spark.workers import worker_classifiers, worker_device
+from spark_nsfw.spark.workers import classifier_identity, worker_classifiers, worker_device
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     with_provenance,
@@ -83,11 +83,12 @@ def classify_metadata(
     }
     _refuse_another_output(output, note)
     schema = stored.output_schema(chosen, keep_embeddings)
+    identities = [classifier_identity(classifier) for classifier in chosen]
     reader = replace(stored, files=())  # a task needs to know of its own files only
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         files = (EmbeddingFile(**row) for batch in batches for row in batch.to_pylist())
-        loaded = worker_classifiers(chosen)
+        loaded = worker_classifiers(chosen, identities)
         return reader.score_files(files, loaded, worker_device(device), keep_embeddings)
 
     rows = [tuple(asdict(file).values()) for file in stored.files]

@@ -24,7 +24,7 @@ from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_sch
 from spark_nsfw.scorer import fields_of
 from spark_nsfw.spark.reader import iter_shards
 from spark_nsfw.spark.types import spark_schema
-from spark_nsfw.spark.workers import worker_device, worker_scorer
+from spark_nsfw.spark.workers import scorer_identity, worker_device, worker_scorer
 from spark_nsfw.stored_embeddings import score_column
 
 __all__ = ["nsfw_udf", "score_embeddings", "score_samples", "score_shards"]
@@ -72,9 +72,11 @@ def nsfw_udf(
         *fields_of(embedder, chosen, keep_embeddings),
     ]
 
+    identity = scorer_identity(embedder, chosen, keep_embeddings)
+
     @pandas_udf(spark_schema(fields))
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
-        scorer = worker_scorer(embedder, chosen, device, keep_embeddings)
+        scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
         batches = ((_all_ok(len(series)), series.tolist()) for series in images)
         for batch in scorer.score_images(batches):
             yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
@@ -152,9 +154,10 @@ def score_shards(
     """
     chosen = settled(embedder, classifiers)
     schema = metadata_schema(options.schema, fields_of(embedder, chosen, keep_embeddings))
+    identity = scorer_identity(embedder, chosen, keep_embeddings)
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        scorer = worker_scorer(embedder, chosen, device, keep_embeddings)
+        scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
         return scorer.score_images(iter_sample_rows(iter_shards(batches, inputs), options))
 
     return paths.mapInArrow(score, spark_schema(schema))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pyspark import TaskContext
+from pyspark import TaskContext, cloudpickle
 from pyspark.sql import SparkSession
 
 from spark_nsfw.classifiers import ImageClassifier
@@ -20,7 +21,9 @@ from spark_nsfw.scorer import Scorer
 
 __all__ = [
     "choose_device",
+    "classifier_identity",
     "device_kind",
+    "scorer_identity",
     "worker_classifiers",
     "worker_device",
     "worker_scorer",
@@ -34,18 +37,21 @@ _log = logging.getLogger(__name__)
 def choose_device(device: str | None = None) -> str:
     """The torch device of this worker.
 
-    In this order: ``device`` if given; the GPU that ``CUDA_VISIBLE_DEVICES`` leaves
-    visible; the GPU address that Spark gave the task; any GPU; the CPU.
+    In this order: ``device`` if it is one; the GPU address that Spark gave the task; the
+    first GPU that is visible; the CPU, unless ``device`` is ``cuda``.
     """
-    if device is not None:
-        return device
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device not in (None, "cuda"):
+        return str(device)
     task = TaskContext.get()
     resources = task.resources() if task is not None else {}
     if "gpu" in resources:
-        return f"cuda:{resources['gpu'].addresses[0]}"
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+        # The address counts the machine's GPUs, torch those that the environment leaves.
+        address = resources["gpu"].addresses[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if address in visible:
+            return f"cuda:{visible.index(address)}"
+        return "cuda:0" if visible != [""] and len(visible) == 1 else f"cuda:{address}"
+    return "cuda:0" if device == "cuda" or torch.cuda.is_available() else "cpu"
 
 
 def worker_device(device: str | None = None) -> str:
@@ -82,7 +88,38 @@ def device_kind(spark: SparkSession, device: str | None = None) -> str:
     return str(row["kind"])
 
 
+#: Scorers that a worker keeps, the last ones: whoever tries out many would fill the GPU.
+_KEPT = 2
+
 _scorers: dict[str, Scorer] = {}
+_classifiers: dict[str, ImageClassifier] = {}
+
+
+def classifier_identity(classifier: ImageClassifier) -> str:
+    """What a loaded classifier is known by in a worker; to be asked for on the driver.
+
+    It is known by what it computes, not by who asked for it or where its file lies: a model
+    that is loaded serves every function that needs the same one.
+    """
+    described = _without_sources(classifier.describe())
+    if not type(classifier).__module__.startswith("spark_nsfw."):
+        # its code may be edited in a notebook while the workers live on
+        described["code"] = hashlib.sha256(cloudpickle.dumps(type(classifier))).hexdigest()
+    return json.dumps(described, sort_keys=True)
+
+
+def scorer_identity(
+    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier], keep_embeddings: bool
+) -> str:
+    """What a scorer is known by in a worker; to be asked for on the driver."""
+    settings = {
+        "embedder": _without_sources(embedder.describe()),
+        "classifiers": [classifier_identity(classifier) for classifier in classifiers],
+        "batch_size": embedder.batch_size,
+        "num_threads": embedder.num_threads_per_worker,
+        "columns": [embedder.image_embedding_column, keep_embeddings],
+    }
+    return json.dumps(settings, sort_keys=True)
 
 
 def worker_scorer(
@@ -90,34 +127,23 @@ def worker_scorer(
     classifiers: Sequence[ImageClassifier],
     device: str | None,
     keep_embeddings: bool,
+    identity: str,
 ) -> Scorer:
-    """This worker's scorer, kept between tasks.
-
-    It is known by what it computes, not by who asked for it: a model that is loaded
-    serves every function that needs the same one.
-    """
+    """This worker's scorer of that `scorer_identity`, kept between tasks."""
     chosen = worker_device(device)
-    settings = {
-        "embedder": embedder.describe(),
-        "classifiers": [classifier.describe() for classifier in classifiers],
-        "device": chosen,
-        "batch_size": embedder.batch_size,
-        "num_threads": embedder.num_threads_per_worker,
-        "columns": [embedder.image_embedding_column, keep_embeddings],
-    }
-    identity = json.dumps(_without_sources(settings), sort_keys=True)
-    if identity not in _scorers:
-        _scorers[identity] = Scorer(embedder, classifiers, chosen, keep_embeddings)
+    known_as = f"{chosen} {identity}"
+    if known_as not in _scorers:
+        while len(_scorers) >= _KEPT:
+            del _scorers[next(iter(_scorers))]
+        _scorers[known_as] = Scorer(embedder, classifiers, chosen, keep_embeddings)
         _log.info("scorer loaded on %s: %s", chosen, identity)
-    return _scorers[identity]
+    return _scorers[known_as]
 
 
-_classifiers: dict[str, ImageClassifier] = {}
-
-
-def worker_classifiers(classifiers: Sequence[ImageClassifier]) -> list[ImageClassifier]:
-    """These classifiers, or this worker's loaded ones that give the same scores."""
-    identities = [json.dumps(_without_sources(c.describe()), sort_keys=True) for c in classifiers]
+def worker_classifiers(
+    classifiers: Sequence[ImageClassifier], identities: Sequence[str]
+) -> list[ImageClassifier]:
+    """These classifiers, or this worker's loaded ones of the same `classifier_identity`."""
     known = zip(identities, classifiers, strict=True)
     return [_classifiers.setdefault(identity, classifier) for identity, classifier in known]
 
