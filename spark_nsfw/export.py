@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from spark_nsfw.errors import InputError, JobError, ShardError
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.shards import Member, iter_runs
-from spark_nsfw.storage import open_input, resolve
+from spark_nsfw.storage import move_file, open_input, resolve
 
 __all__ = [
     "SOURCE_SHARD",
@@ -251,15 +251,14 @@ def new_file(url: str, output: str) -> Iterator[BinaryIO]:
         output: the directory of all output, in which the file grows out of sight.
     """
     filesystem, path = resolve(url)
-    partial = f"{resolve(output)[1].rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
+    partial_url = f"{output.rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
+    _, partial = resolve(partial_url)
     filesystem.create_dir(posixpath.dirname(partial))
     try:
         with filesystem.open_output_stream(partial) as stream:
             yield stream
         filesystem.create_dir(posixpath.dirname(path))
-        if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
-            filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
-        filesystem.move(partial, path)
+        move_file(partial_url, url)
     except BaseException:
         with suppress(OSError):
             filesystem.delete_file(partial)

@@ -16,11 +16,13 @@ from spark_nsfw.errors import InputError
 
 __all__ = [
     "absolute",
+    "delete_directory",
     "expand_braces",
     "hadoop_path",
     "is_below",
     "last_change",
     "list_files",
+    "move_file",
     "open_input",
     "resolve",
     "write_text",
@@ -115,6 +117,25 @@ def write_text(url: str, text: str) -> None:
     filesystem, path = resolve(url)
     with filesystem.open_output_stream(path) as stream:
         stream.write(text.encode())
+
+
+def move_file(source: str, target: str) -> None:
+    """Give a file another name on the same filesystem, in the place of one that has it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    filesystem, path = resolve(target)
+    if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
+        filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
+    filesystem.move(resolve(source)[1], path)
+
+
+def delete_directory(url: str) -> None:
+    """Delete a directory with all that is in it, if it is there."""
+    filesystem, path = resolve(url)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def absolute(url: str) -> str:

@@ -42,7 +42,7 @@ from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.spark.writer import read_provenance, write_metadata, write_schema
-from spark_nsfw.storage import absolute, is_below, list_files, open_input, resolve
+from spark_nsfw.storage import absolute, delete_directory, is_below, list_files, open_input, resolve
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
 
@@ -216,7 +216,7 @@ def export_rows(
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
     if unknown:
         if is_new:
-            _delete(output, "")
+            delete_directory(f"{output}/{STATE}")
         raise InputError(
             f"{len(unknown):,} of the shards are not below {', '.join(inputs.roots)}, such as "
             f"{unknown[0]}: give the input that was scored"
@@ -264,7 +264,9 @@ def _freeze(
     rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
 ) -> dict[str, Any]:
     """Write the rows to keep, once, and then the plan, which says that they are complete."""
-    _delete(output, "selection")  # of a run that was stopped before its plan stood
+    delete_directory(
+        f"{output}/{STATE}/selection"
+    )  # of a run that was stopped before its plan stood
     selection = f"{output}/{STATE}/selection"
     observation = Observation()
     status = F.col(STATUS)
@@ -392,8 +394,8 @@ def _finish(
 
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(count, shards))
-    _delete(output, "selection")
-    _delete(output, "partial")
+    delete_directory(f"{output}/{STATE}/selection")
+    delete_directory(f"{output}/{STATE}/partial")
     return ExportSummary(
         output=output,
         num_shards=len(shards),
@@ -403,13 +405,6 @@ def _finish(
         num_selected=plan["num_selected"],
         problems=problems,
     )
-
-
-def _delete(output: str, name: str) -> None:
-    """Delete one of our own folders below an output, if it is there."""
-    filesystem, path = resolve(f"{output}/{STATE}/{name}")
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
 
 
 def _refuse_inside(output: str, places: Sequence[str]) -> None:
