@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow.parquet as pq
@@ -138,6 +139,15 @@ class ImageTextPairDataset:
         embedding = [] if self.embedder is None else [self.embedder.image_embedding_column]
         return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
 
+    @property
+    def _made_by(self) -> dict[str, Any]:
+        """The embedder and the classifiers as the output's provenance has them."""
+        if self.embedder is None:
+            return {"classifiers": [_describe_unsized(each) for each in self.classifiers]}
+        embedder = self.embedder.with_precision_of(device_kind(self.spark))
+        note = provenance(embedder, settled(embedder, self.classifiers))
+        return {name: note[name] for name in ("embedder", "classifiers")}
+
     def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
         """The same dataset, embedded, and scored by the embedder's classifiers.
 
@@ -216,6 +226,11 @@ class ImageTextPairDataset:
         gets a sidecar Parquet with the metadata. Samples whose ``status`` is not ``ok``
         are left out. `spark_nsfw.spark.export.export_metadata` offers more.
 
+        Called again, it goes on with what a run that was stopped had selected. Another
+        selection into the same output is refused: by its query, input files, embedder and
+        classifiers. What a UDF of your own does cannot be seen: after a change in one, give
+        another output.
+
         Args:
             path: a directory of its own for the new shards.
             filter_column: of `metadata`, true for the samples to keep.
@@ -235,7 +250,11 @@ class ImageTextPairDataset:
             F.col(f"`{filter_column}`"),
             self._inputs,
             os.fspath(path),
-            {"filter_column": filter_column, "query_sha256": plan_digest(metadata)},
+            {
+                "filter_column": filter_column,
+                "query_sha256": plan_digest(metadata),
+                **self._made_by,
+            },
             options=ExportOptions(
                 samples_per_shard=samples_per_shard,
                 renumber=True,
@@ -293,6 +312,14 @@ def _merge_files(files: Sequence[str]) -> str:
             for number in range(part.num_row_groups):
                 writer.write_table(part.read_row_group(number))
     return merged
+
+
+def _describe_unsized(classifier: ImageClassifier) -> dict[str, Any]:
+    try:
+        return classifier.describe()
+    except InputError:  # the stored embeddings' width will say which of LAION's files it is
+        variant = getattr(classifier, "variant", None)
+        return {"classifier": type(classifier).__qualname__, "variant": variant}
 
 
 def _with_stored_scores(metadata: DataFrame, classifiers: Sequence[ImageClassifier]) -> DataFrame:

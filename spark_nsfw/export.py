@@ -1,8 +1,9 @@
 """Selected samples → WebDataset shards, copied as they are.
 
-The selection of a shard is a Parquet file of the metadata rows to keep, in the order
-of the tar. From their numbers alone follows which rows make up which output shard, so
-an output shard can be written anywhere, again, and gives the same bytes::
+The selection of a shard is a Parquet file of its metadata rows, in the order of the
+tar, and of each whether it is kept. From the numbers of those that are follows which rows
+make up which output shard, so an output shard can be written anywhere, again, and gives
+the same bytes::
 
     selection:   00000 (3 rows)   00001 (4 rows)        samples_per_shard = 5
     output:      00000 = 00000[0:3] + 00001[0:2]        00001 = 00001[2:4]
@@ -33,6 +34,7 @@ from spark_nsfw.shards import Member, iter_runs
 from spark_nsfw.storage import move_file, open_input, resolve
 
 __all__ = [
+    "KEPT",
     "SOURCE_SHARD",
     "STATE",
     "ExportOptions",
@@ -49,6 +51,9 @@ STATE = "_spark_nsfw"
 
 #: The sidecars' column that says which shard a sample was in before shards were regrouped.
 SOURCE_SHARD = "source_shard"
+
+#: The column of a selection that says whether a row is to be exported.
+KEPT = "_kept"
 
 _COPY_BYTES = 1 << 20
 
@@ -315,11 +320,13 @@ def _data_end(member: Member) -> int:
 
 
 def _read_selection(urls: Sequence[str]) -> pa.Table:
+    """The rows to keep."""
     tables = []
     for url in urls:
         with open_input(url) as stream:
             tables.append(pq.ParquetFile(stream).read())
-    return pa.concat_tables(tables)
+    rows = pa.concat_tables(tables)
+    return rows.filter(rows[KEPT]).drop_columns([KEPT])
 
 
 def _iter_selected(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -18,6 +20,7 @@ __all__ = [
     "absolute",
     "delete_directory",
     "expand_braces",
+    "files_digest",
     "hadoop_path",
     "is_below",
     "last_change",
@@ -105,6 +108,25 @@ def last_change(urls: Sequence[str]) -> float:
     filesystem, _ = resolve(urls[0])
     infos = filesystem.get_file_info([resolve(url)[1] for url in urls])
     return max((info.mtime_ns / 1e9 for info in infos if info.mtime_ns), default=0.0)
+
+
+def files_digest(urls: Iterable[str]) -> str:
+    """A sha256 that is another one when files are: by their names, sizes and times of change.
+
+    Of a file that cannot be looked at from here, only the URL counts.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        states = set(pool.map(_file_state, set(urls)))
+    return hashlib.sha256("\n".join(sorted(states)).encode()).hexdigest()
+
+
+def _file_state(url: str) -> str:
+    try:
+        filesystem, path = resolve(url)
+        info = filesystem.get_file_info(path)
+    except (OSError, InputError):
+        return url
+    return f"{info.base_name} {info.size} {info.mtime_ns}"
 
 
 def write_text(url: str, text: str) -> None:
