@@ -41,8 +41,13 @@ _LOCAL_BUFFER_BYTES = 1 << 20
 
 @lru_cache(maxsize=64)
 def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
+    if scheme in ("abfs", "abfss") and "@" in authority:
+        # Azure has two names for an account; only after this one pyarrow sees the container.
+        authority = authority.replace(".blob.", ".dfs.", 1)
     uri = f"{scheme}://{authority}"
     try:
+        if uri == "hdfs://":  # the namenode of Hadoop's own configuration
+            return fs.HadoopFileSystem("default", port=0), "/"
         return cast("tuple[fs.FileSystem, str]", fs.FileSystem.from_uri(uri))
     except (ValueError, NotImplementedError) as exc:
         raise InputError(
