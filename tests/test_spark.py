@@ -356,13 +356,13 @@ def test_sidecars_have_every_row_of_metadata_that_was_shuffled_or_split(spark, e
 
 
 def test_sidecars_of_several_inputs_lie_beside_their_shards(spark, embedder, tmp_path):
-    for name in ("a/deep", "b"):
+    for name in ("a", "b/deep"):
         write_photograph_shards(tmp_path / name, num_shards=1, samples_per_shard=2)
-    (tmp_path / "b" / "00000.tar").rename(tmp_path / "b" / "00001.tar")
-    inputs = [str(tmp_path / "b" / "*.tar"), str(tmp_path / "a" / "deep")]
+    (tmp_path / "b" / "deep" / "00000.tar").rename(tmp_path / "b" / "deep" / "00001.tar")
+    inputs = [str(tmp_path / "b" / "deep" / "*.tar"), str(tmp_path / "a")]
     embedder(ImageTextPairDataset.from_webdataset(inputs)).save_metadata()
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
-        "a/deep/00000.parquet", "a/deep/00000.tar", "b/00001.parquet", "b/00001.tar",
+        "a/00000.parquet", "a/00000.tar", "b/deep/00001.parquet", "b/deep/00001.tar",
     ]  # fmt: skip
 
 
