@@ -4,7 +4,8 @@
 # MAGIC
 # MAGIC Scores WebDataset shards in a Volume, or a table with a column of images: CLIP ViT-L/14,
 # MAGIC then LAION's NSFW detector, 0 to 1 with 1 = NSFW. Run it from the top; what to score and
-# MAGIC where the results go is asked for in the widgets. Cluster settings: `docs/databricks.md`.
+# MAGIC where the results go is asked for in the widgets. It wants classic compute, not serverless;
+# MAGIC cluster settings are in `docs/databricks.md`.
 
 # COMMAND ----------
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
+from typing import Any
+from urllib.parse import unquote
 
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -23,12 +28,19 @@ from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.udf import score_embeddings, score_shards, settled
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
-    SCHEMA_PARTITION,
+    session_settings,
     with_provenance,
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import hadoop_path, resolve
+from spark_nsfw.storage import (
+    delete_directory,
+    hadoop_path,
+    list_files,
+    move_file,
+    open_input,
+    resolve,
+)
 
 __all__ = ["ImageTextPairDataset"]
 
@@ -127,6 +139,15 @@ class ImageTextPairDataset:
         embedding = [] if self.embedder is None else [self.embedder.image_embedding_column]
         return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
 
+    @property
+    def _made_by(self) -> dict[str, Any]:
+        """The embedder and the classifiers as the output's provenance has them."""
+        if self.embedder is None:
+            return {"classifiers": [_describe_unsized(each) for each in self.classifiers]}
+        embedder = self.embedder.with_precision_of(device_kind(self.spark))
+        note = provenance(embedder, settled(embedder, self.classifiers))
+        return {name: note[name] for name in ("embedder", "classifiers")}
+
     def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
         """The same dataset, embedded, and scored by the embedder's classifiers.
 
@@ -182,11 +203,14 @@ class ImageTextPairDataset:
             write_schema(metadata, path)
             write_metadata(metadata, path)
             return
-        root = self._inputs.roots[0]
-        filesystem, _, _ = self.tar_files[0].partition(root)
-        staging = f"{filesystem}{root}_spark_nsfw_sidecars"
-        write_metadata(metadata, staging)
+        # The directory of one input, under Spark's own name for it, whatever filesystem that is.
+        name = self._inputs.shard_name(self.tar_files[0])
+        staging = self.tar_files[0].removesuffix(f"{name}.tar") + "_spark_nsfw_sidecars"
+        delete_directory(staging)  # of a run that was stopped
+        with session_settings(self.spark, {"spark.sql.files.maxRecordsPerFile": "0"}):
+            write_metadata(metadata, staging)
         self._move_beside_shards(staging)
+        delete_directory(staging)
 
     def to_webdataset(
         self,
@@ -201,6 +225,11 @@ class ImageTextPairDataset:
         All members of a sample are copied as they are under its new key, and every shard
         gets a sidecar Parquet with the metadata. Samples whose ``status`` is not ``ok``
         are left out. `spark_nsfw.spark.export.export_metadata` offers more.
+
+        Called again, it goes on with what a run that was stopped had selected. Another
+        selection into the same output is refused: by its query, input files, embedder and
+        classifiers. What a UDF of your own does cannot be seen: after a change in one, give
+        another output.
 
         Args:
             path: a directory of its own for the new shards.
@@ -221,7 +250,11 @@ class ImageTextPairDataset:
             F.col(f"`{filter_column}`"),
             self._inputs,
             os.fspath(path),
-            {"filter_column": filter_column, "query_sha256": plan_digest(metadata)},
+            {
+                "filter_column": filter_column,
+                "query_sha256": plan_digest(metadata),
+                **self._made_by,
+            },
             options=ExportOptions(
                 samples_per_shard=samples_per_shard,
                 renumber=True,
@@ -232,24 +265,61 @@ class ImageTextPairDataset:
         )
 
     def _move_beside_shards(self, staging: str) -> None:
-        """Give each shard's one Parquet file the place and name of its sidecar."""
-        from pyarrow.fs import FileSelector
+        """Give the rows of each shard the place and name of its sidecar.
 
-        shard_of = {self._inputs.shard_name(path): path for path in self.tar_files}
-        filesystem, directory = resolve(staging)
-        for info in filesystem.get_file_info(FileSelector(directory, recursive=True)):
-            if info.base_name.endswith(".parquet") and not info.base_name.startswith((".", "_")):
-                name = _partition_value(info.path)
-                if name != SCHEMA_PARTITION:
-                    sidecar = resolve(shard_of[name].removesuffix(".tar") + ".parquet")[1]
-                    filesystem.move(info.path, sidecar)
-        filesystem.delete_dir(directory)
+        Nothing is moved before every sidecar is whole: rows that Spark had shuffled, as
+        after a join, come in several files per shard.
+
+        Raises:
+            InputError: there are rows of a shard that the dataset does not have.
+        """
+        prefix, names = list_files(staging)
+        files_of: dict[str, list[str]] = {}
+        for name in names:
+            partition, _, _ = name.partition("/")
+            shard = unquote(partition.removeprefix(f"{SHARD}="))
+            files_of.setdefault(shard, []).append(prefix + name)
+        tar_of = {self._inputs.shard_name(path): path for path in self.tar_files}
+        unknown = sorted(files_of.keys() - tar_of.keys())
+        if unknown:
+            delete_directory(staging)
+            raise InputError(
+                f"the metadata has rows of {len(unknown):,} shards that the dataset does not "
+                f"have, such as {unknown[0]!r}: nothing was saved"
+            )
+        with ThreadPoolExecutor(16) as pool:
+            whole = list(pool.map(_merge_files, files_of.values()))
+            sidecars = [tar_of[shard].removesuffix(".tar") + ".parquet" for shard in files_of]
+            list(pool.map(move_file, whole, sidecars))
 
 
-def _partition_value(path: str) -> str:
-    from urllib.parse import unquote
+def _merge_files(files: Sequence[str]) -> str:
+    """One Parquet file with the rows of several, a row group in memory at a time."""
+    if len(files) == 1:
+        return files[0]
+    merged = f"{files[0]}.merged"
+    with ExitStack() as stack:
+        # Spark counts tasks with five digits or more: a longer name is a later task's.
+        parts = [
+            pq.ParquetFile(stack.enter_context(open_input(file)))
+            for file in sorted(files, key=lambda name: (len(name), name))
+        ]
+        filesystem, path = resolve(merged)
+        stream = stack.enter_context(filesystem.open_output_stream(path))
+        schema = parts[0].schema_arrow  # with Spark's own schema and the provenance in its metadata
+        writer = stack.enter_context(pq.ParquetWriter(stream, schema, compression="zstd"))
+        for part in parts:
+            for number in range(part.num_row_groups):
+                writer.write_table(part.read_row_group(number))
+    return merged
 
-    return unquote(path.rsplit(f"/{SHARD}=", maxsplit=1)[-1].split("/", maxsplit=1)[0])
+
+def _describe_unsized(classifier: ImageClassifier) -> dict[str, Any]:
+    try:
+        return classifier.describe()
+    except InputError:  # the stored embeddings' width will say which of LAION's files it is
+        variant = getattr(classifier, "variant", None)
+        return {"classifier": type(classifier).__qualname__, "variant": variant}
 
 
 def _with_stored_scores(metadata: DataFrame, classifiers: Sequence[ImageClassifier]) -> DataFrame:

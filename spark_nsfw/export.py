@@ -1,8 +1,9 @@
 """Selected samples → WebDataset shards, copied as they are.
 
-The selection of a shard is a Parquet file of the metadata rows to keep, in the order
-of the tar. From their numbers alone follows which rows make up which output shard, so
-an output shard can be written anywhere, again, and gives the same bytes::
+The selection of a shard is a Parquet file of its metadata rows, in the order of the
+tar, and of each whether it is kept. From the numbers of those that are follows which rows
+make up which output shard, so an output shard can be written anywhere, again, and gives
+the same bytes::
 
     selection:   00000 (3 rows)   00001 (4 rows)        samples_per_shard = 5
     output:      00000 = 00000[0:3] + 00001[0:2]        00001 = 00001[2:4]
@@ -30,9 +31,10 @@ import pyarrow.parquet as pq
 from spark_nsfw.errors import InputError, JobError, ShardError
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.shards import Member, iter_runs
-from spark_nsfw.storage import open_input, resolve
+from spark_nsfw.storage import move_file, open_input, resolve
 
 __all__ = [
+    "KEPT",
     "SOURCE_SHARD",
     "STATE",
     "ExportOptions",
@@ -49,6 +51,9 @@ STATE = "_spark_nsfw"
 
 #: The sidecars' column that says which shard a sample was in before shards were regrouped.
 SOURCE_SHARD = "source_shard"
+
+#: The column of a selection that says whether a row is to be exported.
+KEPT = "_kept"
 
 _COPY_BYTES = 1 << 20
 
@@ -251,15 +256,14 @@ def new_file(url: str, output: str) -> Iterator[BinaryIO]:
         output: the directory of all output, in which the file grows out of sight.
     """
     filesystem, path = resolve(url)
-    partial = f"{resolve(output)[1].rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
+    partial_url = f"{output.rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
+    _, partial = resolve(partial_url)
     filesystem.create_dir(posixpath.dirname(partial))
     try:
         with filesystem.open_output_stream(partial) as stream:
             yield stream
         filesystem.create_dir(posixpath.dirname(path))
-        if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
-            filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
-        filesystem.move(partial, path)
+        move_file(partial_url, url)
     except BaseException:
         with suppress(OSError):
             filesystem.delete_file(partial)
@@ -316,11 +320,13 @@ def _data_end(member: Member) -> int:
 
 
 def _read_selection(urls: Sequence[str]) -> pa.Table:
+    """The rows to keep."""
     tables = []
     for url in urls:
         with open_input(url) as stream:
             tables.append(pq.ParquetFile(stream).read())
-    return pa.concat_tables(tables)
+    rows = pa.concat_tables(tables)
+    return rows.filter(rows[KEPT]).drop_columns([KEPT])
 
 
 def _iter_selected(

@@ -16,9 +16,10 @@ __all__ = ["ShardInputs"]
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[{]")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{[^{}]*\}")
 #: What Spark does not list; partitions such as ``_x=1`` it does.
 _HIDDEN = re.compile(r"/(\.|_[^/=]*(/|\Z))")
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*)?(?=/)")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*(?=/|\Z)|(?=/))")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,20 @@ class ShardInputs:
 
     @property
     def glob(self) -> str:
-        """All inputs as one Hadoop glob, so that a stream over them has one source."""
+        """All inputs as one Hadoop glob, so that a stream over them has one source.
+
+        Raises:
+            InputError: one of several inputs has a comma, which would part it in two.
+        """
         globs = [_hadoop_glob(pattern) for pattern in self.patterns]
         if len(globs) == 1:
             return globs[0]
+        for pattern in self.patterns:
+            if "," in _BRACES.sub("", pattern):
+                raise InputError(
+                    f"{pattern} has a comma, and cannot be one of several inputs: give it "
+                    "alone, or with ? for the comma"
+                )
         filesystem = _split(globs[0])[0]
         return f"{filesystem}/{{{','.join(_split(glob)[1].lstrip('/') for glob in globs)}}}"
 
@@ -130,7 +141,10 @@ class ShardInputs:
 
 def _absolute(path: str) -> str:
     path = hadoop_path(path)
-    return path if _SCHEME.match(path) or path.startswith("/") else os.path.abspath(path)
+    match = _SCHEME.match(path)
+    if match is None:
+        return path if path.startswith("/") else os.path.abspath(path)
+    return path if match.end() < len(path) else f"{path}/"  # a bucket is its root directory
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -138,7 +152,7 @@ def _split(path: str) -> tuple[str, str]:
     match = _SCHEME.match(path)
     if match is None:
         return "", path
-    filesystem = "" if match[1] == "file" else f"{match[1]}:{match[2] or ''}"
+    filesystem = "" if match[1] == "file" else f"{match[1]}:{match[2]}"
     return filesystem, path[match.end() :]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -16,11 +18,14 @@ from spark_nsfw.errors import InputError
 
 __all__ = [
     "absolute",
+    "delete_directory",
     "expand_braces",
+    "files_digest",
     "hadoop_path",
     "is_below",
     "last_change",
     "list_files",
+    "move_file",
     "open_input",
     "resolve",
     "write_text",
@@ -36,8 +41,13 @@ _LOCAL_BUFFER_BYTES = 1 << 20
 
 @lru_cache(maxsize=64)
 def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
+    if scheme in ("abfs", "abfss") and "@" in authority:
+        # Azure has two names for an account; only after this one pyarrow sees the container.
+        authority = authority.replace(".blob.", ".dfs.", 1)
     uri = f"{scheme}://{authority}"
     try:
+        if uri == "hdfs://":  # the namenode of Hadoop's own configuration
+            return fs.HadoopFileSystem("default", port=0), "/"
         return cast("tuple[fs.FileSystem, str]", fs.FileSystem.from_uri(uri))
     except (ValueError, NotImplementedError) as exc:
         raise InputError(
@@ -105,6 +115,25 @@ def last_change(urls: Sequence[str]) -> float:
     return max((info.mtime_ns / 1e9 for info in infos if info.mtime_ns), default=0.0)
 
 
+def files_digest(urls: Iterable[str]) -> str:
+    """A sha256 that is another one when files are: by their names, sizes and times of change.
+
+    Of a file that cannot be looked at from here, only the URL counts.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        states = set(pool.map(_file_state, set(urls)))
+    return hashlib.sha256("\n".join(sorted(states)).encode()).hexdigest()
+
+
+def _file_state(url: str) -> str:
+    try:
+        filesystem, path = resolve(url)
+        info = filesystem.get_file_info(path)
+    except (OSError, InputError):
+        return url
+    return f"{info.base_name} {info.size} {info.mtime_ns}"
+
+
 def write_text(url: str, text: str) -> None:
     """Write a small file, in UTF-8; its directory must be there.
 
@@ -115,6 +144,25 @@ def write_text(url: str, text: str) -> None:
     filesystem, path = resolve(url)
     with filesystem.open_output_stream(path) as stream:
         stream.write(text.encode())
+
+
+def move_file(source: str, target: str) -> None:
+    """Give a file another name on the same filesystem, in the place of one that has it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    filesystem, path = resolve(target)
+    if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
+        filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
+    filesystem.move(resolve(source)[1], path)
+
+
+def delete_directory(url: str) -> None:
+    """Delete a directory with all that is in it, if it is there."""
+    filesystem, path = resolve(url)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
 
 
 def absolute(url: str) -> str:

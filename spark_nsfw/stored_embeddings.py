@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.errors import InputError, ShardUnreadableError
+from spark_nsfw.errors import EmbeddingWidthError, InputError, ShardUnreadableError
 from spark_nsfw.passthrough import output_name, spark_type
 from spark_nsfw.provenance import note_in
 from spark_nsfw.schema import (
@@ -83,7 +84,8 @@ def score_column(
 
     Args:
         column: N lists of any float type.
-        width: of an embedding; None takes that of the first list.
+        width: of an embedding; None takes the classifiers' own, else the commonest that
+            they take.
         classifiers: each gives one column.
         device: a torch device.
 
@@ -92,11 +94,10 @@ def score_column(
         bool (N,), where it is one.
 
     Raises:
-        EmbeddingWidthError: a classifier takes embeddings of another width.
+        EmbeddingWidthError: a classifier takes none of several embeddings.
     """
     if width is None:
-        lengths = pc.drop_null(pc.list_value_length(column))
-        width = max(1, lengths[0].as_py()) if len(lengths) else 1
+        width = _common_width(column, classifiers)
     matrix, usable = embedding_matrix(column, width)
     embeddings = matrix.to(device)
     arrays = []
@@ -107,6 +108,28 @@ def score_column(
                 scores[usable] = classifier.score(embeddings).cpu().numpy()
         arrays.append(pa.array(scores, mask=~usable))
     return arrays, usable
+
+
+def _common_width(column: pa.Array, classifiers: Sequence[ImageClassifier]) -> int:
+    """The commonest width of a list column's rows that the classifiers take.
+
+    Raises:
+        EmbeddingWidthError: they take none. A single row is merely no embedding, since the
+            last batch of a partition may have no other.
+    """
+    lengths = pc.drop_null(pc.list_value_length(column)).to_pylist()
+    widths = Counter(length for length in lengths if length).most_common()
+    refusal = None
+    for width, _ in widths:
+        try:
+            for classifier in classifiers:
+                classifier.for_embedding_size(width)
+            return int(width)
+        except EmbeddingWidthError as exc:
+            refusal = refusal or exc
+    if refusal is not None and sum(count for _, count in widths) > 1:
+        raise refusal
+    return int(max(lengths, default=0)) + 1  # which no row has
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,7 @@ def _embedding_files(metadata: str) -> list[EmbeddingFile]:
         files.append(EmbeddingFile(match[1] + match[2], root + rows, root + match[0]))
     if not arrays:
         for name in sorted(parquet):
-            partition = _PARTITION.match(name)
+            partition = _PARTITION.match(root + name)  # the input may be one partition
             shard = unquote(partition[1]) if partition else name.removesuffix(".parquet")
             files.append(EmbeddingFile(shard, root + name))
     if not files:
@@ -190,7 +213,8 @@ class StoredEmbeddings:
                 clip-retrieval.
 
         Raises:
-            InputError: no files, no such column, or no embedding.
+            InputError: no files, no such column, no embedding, or a column whose types
+                in two files have none in common.
         """
         files = _embedding_files(metadata)
         if id_col is None:
@@ -200,7 +224,7 @@ class StoredEmbeddings:
         footers = [footer for footer in found if footer is not None]
         if not footers:
             raise InputError(f"{metadata}: none of its Parquet files can be read")
-        merged = pa.unify_schemas(footers, promote_options="permissive")
+        merged = _merged_schema(files, found)
         for name in (id_col, *([] if files[0].npy else [embedding_column])):
             if name not in merged.names:
                 raise InputError(
@@ -316,7 +340,7 @@ class StoredEmbeddings:
         count = rows.num_rows
         fields = {field.name: field for field in self.schema}
         arrays = {
-            output: rows.column(name).cast(fields[output].type)
+            output: _widened(rows.column(name), fields[output].type)
             if name in rows.schema.names
             else pa.nulls(count, fields[output].type)
             for name, output in self.columns.items()
@@ -327,7 +351,10 @@ class StoredEmbeddings:
         statuses = pa.repeat(pa.scalar(Status.OK.value), count)
         messages = pa.nulls(count, pa.string())
         if self.has_status:
-            statuses, messages = rows.column(STATUS), rows.column(ERROR_MESSAGE)
+            if STATUS in rows.schema.names:
+                statuses = rows.column(STATUS)
+            if ERROR_MESSAGE in rows.schema.names:
+                messages = rows.column(ERROR_MESSAGE)
             bad = pc.and_(bad, pc.equal(statuses, Status.OK.value))
         if pc.any(bad).as_py():
             reasons = [
@@ -348,6 +375,44 @@ def _reason(length: int | None, width: int) -> str:
     if length != width:
         return f"the stored embedding has width {length}, the first one has {width}"
     return "the stored embedding is not finite"
+
+
+def _merged_schema(
+    files: Sequence[EmbeddingFile], footers: Sequence[pa.Schema | None]
+) -> pa.Schema:
+    """One schema for all files that can be read.
+
+    Raises:
+        InputError: names the column, both types and both files.
+    """
+    readable = [
+        (file, footer) for file, footer in zip(files, footers, strict=True) if footer is not None
+    ]
+    schemas = [footer for _, footer in readable]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException:
+        pass  # rare: find out which
+    first: dict[str, tuple[EmbeddingFile, pa.Field]] = {}
+    for file, footer in readable:
+        for field in footer:
+            before, earlier = first.setdefault(field.name, (file, field))
+            try:
+                pa.unify_schemas(
+                    [pa.schema([earlier]), pa.schema([field])], promote_options="permissive"
+                )
+            except pa.ArrowException as exc:
+                raise InputError(
+                    f"column {field.name!r} is {earlier.type} in {before.parquet} and "
+                    f"{field.type} in {file.parquet}: write one of them anew, in the other's type"
+                ) from exc
+    return pa.unify_schemas(schemas, promote_options="permissive")
+
+
+def _widened(column: pa.Array, data_type: pa.DataType) -> pa.Array:
+    """A column in a type of Spark's. Nanoseconds, and the digits that a float lacks, are cut."""
+    options = pc.CastOptions(data_type, allow_time_truncate=True, allow_float_truncate=True)
+    return pc.cast(column, options=options)
 
 
 def _footer(url: str) -> pa.Schema | None:

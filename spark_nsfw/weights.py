@@ -12,14 +12,15 @@ import hashlib
 import os
 import pickle
 import shutil
-import tempfile
 import urllib.request
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,9 +86,18 @@ class Weights:
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: ``$SPARK_NSFW_CACHE``, else ``~/.cache/spark_nsfw``."""
+    """Where downloads are kept: ``$SPARK_NSFW_CACHE``, else ``~/.cache/spark_nsfw``.
+
+    Raises:
+        WeightsUnavailableError: neither is there, as for a container's nameless user.
+    """
     configured = os.environ.get("SPARK_NSFW_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "spark_nsfw"
+    try:
+        return Path(configured) if configured else Path.home() / ".cache" / "spark_nsfw"
+    except RuntimeError as exc:
+        raise WeightsUnavailableError(
+            "this user has no home directory: set $SPARK_NSFW_CACHE to where downloads are kept"
+        ) from exc
 
 
 def file_sha256(path: str | Path) -> str:
@@ -123,10 +133,11 @@ def local_file(url: str, sha256: str | None = None) -> Path:
             version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
             marker = hashlib.sha256(version.encode()).hexdigest()[:16]
             path = cache_dir() / f"{marker}-{Path(name).name}"
-            with _lock(path):
-                if not path.exists():
-                    with open_input(url) as stream:
-                        _write_whole(stream, path)
+            if not _is_whole(path, info.size, sha256):
+                with _lock(path):
+                    if not _is_whole(path, info.size, sha256):  # not even now
+                        with open_input(url) as stream:
+                            _write_whole(stream, path, url, info.size, sha256)
     except (OSError, InputError) as exc:
         raise WeightsUnavailableError(
             f"{url}: {exc}; every machine that scores must be able to read it"
@@ -139,6 +150,8 @@ def local_file(url: str, sha256: str | None = None) -> Path:
 def download(url: str, file_name: str, sha256: str) -> Path:
     """Fetch a file over HTTP once; later calls find it in the cache.
 
+    What lies there and is something else, such as half a download, is fetched again.
+
     Args:
         url: where it is.
         file_name: its name in `cache_dir`.
@@ -146,22 +159,26 @@ def download(url: str, file_name: str, sha256: str) -> Path:
 
     Raises:
         WeightsUnavailableError: it could not be fetched.
-        ChecksumError: what was fetched, or lies in the cache, is something else.
+        ChecksumError: what was fetched, or what lies in the cache and cannot be fetched
+            again, is something else.
     """
     path = cache_dir() / file_name
+    if _is_whole(path, None, sha256):  # a cache that cannot be written will do then
+        return path
     with _lock(path):
-        if path.exists():
-            _verify(path, sha256)
+        if _is_whole(path, None, sha256):
             return path
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
-                _write_whole(response, path)
-        except OSError as exc:
+                length = response.headers.get("Content-Length")
+                _write_whole(response, path, url, length and int(length), sha256)
+        except (OSError, HTTPException) as exc:
+            if path.exists():
+                _verify(path, sha256)
             raise WeightsUnavailableError(
                 f"{url} could not be downloaded ({exc}); fetch it elsewhere and put it at {path}, "
                 "or give its path"
             ) from exc
-    _verify(path, sha256)
     return path
 
 
@@ -203,31 +220,61 @@ def hub_file(model_name: str) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process of this machine at a time, so that each file is fetched once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    """One process of this machine at a time, so that each file is fetched once.
+
+    Raises:
+        WeightsUnavailableError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  # closed below
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as exc:
+        raise WeightsUnavailableError(
+            f"{path.parent} cannot be written ({exc}): set $SPARK_NSFW_CACHE to a directory that "
+            f"can, or put {path.name} there"
+        ) from exc
+    with file:
         yield
 
 
-def _write_whole(stream: BinaryIO, path: Path) -> None:
-    """Copy a stream to ``path`` so that no other process ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _is_whole(path: Path, num_bytes: int | None, sha256: str | None) -> bool:
+    """Whether a file is there that nothing speaks against."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        size_fits = num_bytes in (None, path.stat().st_size)
+        return size_fits and sha256 in (None, file_sha256(path))
+    except OSError:
+        return False
+
+
+def _write_whole(
+    stream: BinaryIO, path: Path, source: str, num_bytes: int | None, sha256: str | None
+) -> None:
+    """Copy a stream to ``path`` so that no other process ever sees half of it, or a wrong one.
+
+    Raises:
+        OSError: it cannot be written, or the stream ended early.
+        ChecksumError: it is not the expected file.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4()}")
+    try:
+        with open(partial, "xb") as file:  # for all whom the umask lets read, unlike a mkstemp
             shutil.copyfileobj(stream, file, 1 << 20)
+            arrived = file.tell()
+        if num_bytes not in (None, arrived):
+            raise OSError(f"the connection was cut after {arrived:,} of {num_bytes:,} bytes")
+        if sha256 is not None:
+            _verify(partial, sha256, source)
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _verify(path: Path, expected: str) -> None:
+def _verify(path: Path, expected: str, name: str | None = None) -> None:
     found = file_sha256(path)
     if found != expected:
         raise ChecksumError(
-            f"{path} is not the expected file: sha256 {found} found, {expected} expected; "
+            f"{name or path} is not the expected file: sha256 {found} found, {expected} expected; "
             "delete it or give another"
         )
 
@@ -264,9 +311,9 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    tensors = {
-        name: value for name, value in dict(loaded).items() if isinstance(value, torch.Tensor)
-    }
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{path} holds no tensors by name, but a {type(loaded).__name__}")
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
     return tensors

@@ -202,6 +202,7 @@ def test_a_tampered_file_in_the_cache_is_refused(tmp_path, monkeypatch, detector
     content[1000] ^= 1
     (tmp_path / ZIPS["vit_l_14"]).write_bytes(content)
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing can be fetched instead
     with pytest.raises(ChecksumError, match=r"sha256 [0-9a-f]{64} found, 905520bb"):
         NsfwClassifier().classify(np.zeros((1, 768)), "cpu")
 
@@ -281,6 +282,7 @@ def test_another_network_is_no_aesthetic_classifier(tmp_path, aesthetic_path):
 def test_only_the_published_aesthetic_file_is_taken_for_it(tmp_path, monkeypatch, aesthetic_path):
     shutil.copyfile(aesthetic_path, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing can be fetched instead
     for classifier in (AestheticClassifier(), AestheticClassifier(models_dir=str(tmp_path))):
         with pytest.raises(ChecksumError, match="21dd590f"):
             classifier.classify(np.zeros((1, 768)), "cpu")

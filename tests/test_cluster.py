@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pyspark
 import pytest
+from rapids_session import settings
 from test_cli import staged  # noqa: F401  # a fixture
 
 from spark_nsfw.weights import file_sha256
@@ -167,3 +168,16 @@ def test_conf_starts_the_plugins_daemon(master, wheel, shards, staged, tmp_path)
     )  # fmt: skip
     check(tmp_path, printed, master, staged)
     assert re.findall("worker's daemon: (.*)", printed) == ["rapids.daemon"] * 2
+
+
+def test_kubernetes_is_asked_for_the_gpus_of_conf(spark):
+    """By Spark's own code, which wants a vendor there."""
+    jvm = spark._jvm
+    conf = jvm.org.apache.spark.SparkConf(False)
+    for name, value in settings(ROOT / "conf" / "spark-defaults.conf").items():
+        conf.set(name, value)
+    asked = jvm.org.apache.spark.deploy.k8s.KubernetesUtils.buildResourcesQuantities(
+        "spark.executor", conf
+    )
+    assert asked.apply("nvidia.com/gpu").getAmount() == "1"
+    assert conf.get("spark.executorEnv.CUDA_DEVICE_ORDER") == "PCI_BUS_ID"

@@ -1,7 +1,12 @@
 import copy
+import hashlib
+import os
 import pickle
+import stat
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +14,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from pyarrow import fs
 from safetensors.torch import save_file
 
 from spark_nsfw import TimmImageEmbedder
@@ -22,7 +28,7 @@ from spark_nsfw.errors import (
     WeightsUnavailableError,
 )
 from spark_nsfw.pixels import decode_image
-from spark_nsfw.weights import file_sha256
+from spark_nsfw.weights import download, file_sha256, load_state_dict, local_file
 
 B32 = "vit_base_patch32_clip_quickgelu_224.openai"
 
@@ -177,6 +183,113 @@ def test_a_file_that_changed_since_it_was_pinned_is_refused(tmp_path):
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
     with pytest.raises(ChecksumError, match=r"model\.safetensors"):
         pickle.loads(pickle.dumps(embedder)).load_embedding_model("cpu")
+
+
+CONTENT = bytes(range(256)) * 10_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """An HTTP server, and the number of bytes after which it cuts each connection."""
+    cuts = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            cut = cuts.pop(0)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(CONTENT[:cut])
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever).start()
+        yield f"http://127.0.0.1:{running.server_port}/weights.pt", cuts
+        running.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "cache"
+
+
+def test_a_download_that_was_cut_is_not_kept(server, cache):
+    url, cuts = server
+    cuts += [1_000_000, None]
+    with pytest.raises(WeightsUnavailableError, match="cut after 1,000,000 of 2,560,000 bytes"):
+        download(url, "weights.pt", SHA256)
+    assert [path.name for path in cache.iterdir()] == [".weights.pt.lock"]
+    assert download(url, "weights.pt", SHA256).read_bytes() == CONTENT
+    assert download(url, "weights.pt", SHA256) == cache / "weights.pt"
+    assert cuts == []  # the third call asked for nothing
+
+
+def test_half_a_file_in_the_cache_is_fetched_again(server, cache):
+    url, cuts = server
+    cache.mkdir()
+    (cache / "weights.pt").write_bytes(CONTENT[:1000])
+    cuts += [None]
+    assert download(url, "weights.pt", SHA256).read_bytes() == CONTENT
+
+
+def test_a_server_with_another_file_is_refused_and_leaves_nothing(server, cache):
+    url, cuts = server
+    cuts += [None]
+    with pytest.raises(ChecksumError, match=rf"{url} is not the expected file: sha256 {SHA256}"):
+        download(url, "weights.pt", "0" * 64)
+    assert not (cache / "weights.pt").exists()
+
+
+def test_a_remote_file_is_copied_again_where_the_copy_is_not_whole(tmp_path, monkeypatch, cache):
+    remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())  # no local one, to us
+    monkeypatch.setattr("spark_nsfw.weights.resolve", lambda url: (remote, url.split("/")[-1]))
+    monkeypatch.setattr(
+        "spark_nsfw.weights.open_input", lambda url: (tmp_path / url.split("/")[-1]).open("rb")
+    )
+    (tmp_path / "x.pt").write_bytes(CONTENT)
+    copy = local_file("s3://bucket/x.pt")
+    assert (copy.parent, copy.read_bytes()) == (cache, CONTENT)
+    copy.write_bytes(CONTENT[:-1])
+    assert local_file("s3://bucket/x.pt").read_bytes() == CONTENT
+    copy.write_bytes(bytes(len(CONTENT)))
+    assert local_file("s3://bucket/x.pt", SHA256).read_bytes() == CONTENT
+
+
+def test_others_can_read_the_cache(server, cache):
+    url, cuts = server
+    cuts += [None]
+    before = os.umask(0o022)
+    try:
+        path = download(url, "weights.pt", SHA256)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_cache_that_cannot_be_written_says_which_setting_to_change(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(WeightsUnavailableError, match=r"set \$SPARK_NSFW_CACHE"):
+        download("http://127.0.0.1:9/", "weights.pt", SHA256)
+
+
+def test_a_user_without_a_home_is_told_which_setting_to_give(monkeypatch):
+    monkeypatch.delenv("SPARK_NSFW_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(WeightsUnavailableError, match=r"set \$SPARK_NSFW_CACHE"):
+        download("http://127.0.0.1:9/", "weights.pt", SHA256)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], 7, torch.ones(2), {"epoch": 1}])
+def test_a_file_without_named_tensors_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match="holds no tensors"):
+        load_state_dict(tmp_path / "x.pt")
 
 
 def test_random_weights_are_the_same_in_every_process(tmp_path, embedder, jpegs):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,13 @@ import pytest
 import webdataset.tariterators as reference
 from pyspark.sql import functions as F
 
-from spark_nsfw import ImageTextPairDataset, export
+from spark_nsfw import (
+    ImageClassifier,
+    ImageTextPairDataset,
+    NsfwClassifier,
+    TimmImageEmbedder,
+    export,
+)
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.export import ExportOptions, Piece, plan_shards, write_output_shard
@@ -26,6 +33,7 @@ from spark_nsfw.photographs import encode, photographs, write_photograph_shards,
 from spark_nsfw.shards import iter_samples
 from spark_nsfw.spark.export import export_metadata
 from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.writer import write_metadata
 
 
 def samples_of(path):
@@ -102,8 +110,11 @@ def export_one(tmp_path, keys, statuses=None, options=None, piece=None, shards=(
     """Export from the tars ``s.tar`` … of a folder the rows with these keys."""
     options = options or ExportOptions()
     table = pa.table(
-        {"key": keys, "status": statuses or ["ok"] * len(keys), "width": range(len(keys))}
-    )
+        {
+            "key": keys, "status": statuses or ["ok"] * len(keys), "width": range(len(keys)),
+            export.KEPT: [True] * len(keys),
+        }
+    )  # fmt: skip
     pq.write_table(table, tmp_path / "selection.parquet")
     pieces = [piece or Piece(shard, 0, len(keys)) for shard in shards]
     shard = export.OutputShard("00000", 0, tuple(pieces))
@@ -433,6 +444,53 @@ def test_another_export_into_the_same_output_is_refused(spark, scored, shards, t
     assert "metadata.num_files was" in capsys.readouterr().err
 
 
+def test_metadata_that_was_replaced_under_its_name_is_another_export(
+    spark, scored, shards, tmp_path, capsys
+):
+    arguments = command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 0")
+    assert main(arguments) == 0
+    copied = shutil.copytree(scored[0], tmp_path / "metadata")  # with the times of the originals
+    arguments[1] = str(copied)
+    assert main(arguments) == 0
+    (path,) = copied.glob("shard=00001/*.parquet")
+    table = pq.read_table(path)
+    path.with_name(f".{path.name}.crc").unlink()
+    pq.write_table(table, path)
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "input_files_sha256 was" in capsys.readouterr().err
+
+
+def test_rows_are_counted_without_observe_which_rapids_cannot_plan(
+    spark, scored, shards, tmp_path, monkeypatch
+):
+    from spark_nsfw.spark import export as spark_export
+
+    plans = []
+
+    def write(rows, output):
+        plans.append(plan_text(rows))
+        write_metadata(rows, output)
+
+    monkeypatch.setattr(spark_export, "write_metadata", write)
+    inputs = ShardInputs.parse(str(shards))
+    where = "nsfw_score >= 0"
+    summary = export_metadata(spark, str(scored[0]), str(tmp_path / "out"), inputs, where)
+    assert ["CollectMetrics" in plan for plan in plans] == [False]
+    observed = spark.range(1).observe("count", F.count("id"))
+    assert "CollectMetrics" in plan_text(observed)
+    statuses = scored[1]["status"]
+    assert summary.num_rows == statuses.value_counts().to_dict()
+    assert summary.num_selected == {"ok": (statuses == "ok").sum()}
+
+
+def plan_text(rows):
+    text = io.StringIO()
+    with redirect_stdout(text):
+        rows.explain(mode="extended")
+    return text.getvalue()
+
+
 def test_unscored_samples_are_kept_on_request(spark, scored, shards, tmp_path, capsys):
     options = ["--where=nsfw_score > 2", "--keep-unscored", "--columns=width"]
     assert main(command(scored, tmp_path / "out", shards, *options)) == 0
@@ -542,3 +600,64 @@ def test_to_webdataset_is_nemo_curators(spark, tmp_path, embedder):
     again.metadata = again.metadata.withColumn("is_wide", F.col("width") > 500)
     with pytest.raises(JobError, match="query_sha256 was"):
         again.to_webdataset(str(tmp_path / "out"), "is_wide", **same)
+
+
+class Scorer(ImageClassifier):
+    """Weights in a file, and a score of another column."""
+
+    def load_model(self, device):
+        self.weights_file()
+        return lambda embeddings: embeddings.sum(dim=1)
+
+
+def test_a_dataset_with_other_weights_or_more_shards_is_another_export(spark, tmp_path):
+    write_photograph_shards(tmp_path / "in", num_shards=1, samples_per_shard=3)
+    weights = tmp_path / "weights"
+
+    def export_again():
+        tower = TimmImageEmbedder("test_vit2", embedding_size=16)
+        scorer = Scorer("any_score", model_path=str(weights))
+        dataset = scorer(tower(ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))))
+        dataset.metadata = dataset.metadata.withColumn("all", F.lit(True))
+        return dataset.to_webdataset(str(tmp_path / "out"), "all")
+
+    with registered_by_value():
+        weights.write_bytes(b"1")
+        assert export_again().num_samples == 3
+        assert export_again().num_samples == 3
+        weights.write_bytes(b"2")
+        with pytest.raises(JobError, match=r"classifiers\.0\.weights\.sha256 was"):
+            export_again()
+        weights.write_bytes(b"1")
+        shutil.copyfile(tmp_path / "in" / "00000.tar", tmp_path / "in" / "00001.tar")
+        with pytest.raises(JobError, match="input_files_sha256 was"):
+            export_again()
+
+
+def test_an_export_of_stored_embeddings_knows_its_classifier(spark, tmp_path, detector_path):
+    write_photograph_shards(tmp_path / "in", num_shards=1, samples_per_shard=3)
+    TimmImageEmbedder("test_vit2", embedding_size=768)(
+        ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))
+    ).save_metadata()
+    for variant, refused in (("torch", False), ("torch", False), ("laion", True)):
+        stored = ImageTextPairDataset.from_webdataset(str(tmp_path / "in"))
+        stored = NsfwClassifier(model_path=detector_path, variant=variant)(stored)
+        stored.metadata = stored.metadata.withColumn("all", F.lit(True))
+        if refused:
+            with pytest.raises(JobError, match=r"classifiers\.0\.variant was"):
+                stored.to_webdataset(str(tmp_path / "out"), "all")
+        else:
+            assert stored.to_webdataset(str(tmp_path / "out"), "all").num_samples == 3
+
+
+@contextmanager
+def registered_by_value():
+    """Lets workers, which cannot import this module, have its classes."""
+    from pyspark import cloudpickle
+
+    module = sys.modules[__name__]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)

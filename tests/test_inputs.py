@@ -1,10 +1,11 @@
 import re
 
 import pytest
+from pyarrow import fs
 
 from spark_nsfw.errors import InputError
 from spark_nsfw.inputs import ShardInputs, _digit_globs, _regex
-from spark_nsfw.storage import expand_braces, resolve
+from spark_nsfw.storage import _filesystem, expand_braces, resolve
 
 
 @pytest.mark.parametrize(
@@ -16,6 +17,8 @@ from spark_nsfw.storage import expand_braces, resolve
         ("/data/00000.tar", "file:/data/00000.tar", "00000"),
         ("/data/{00000..00009}.tar", "file:/data/00003.tar", "00003"),
         ("s3a://bucket/a b", "s3a://bucket/a b/c.tar", "c"),
+        ("s3a://bucket", "s3a://bucket/a/c.tar", "a/c"),
+        ("s3a://bucket/*.tar", "s3a://bucket/c.tar", "c"),
         ("hdfs:///data", "hdfs://namenode:8020/data/x.tar", "x"),
         ("file:///data", "file:/data/00000.tar", "00000"),
     ],
@@ -51,6 +54,25 @@ def test_inputs_on_two_filesystems_are_refused():
 def test_several_inputs_are_one_glob():
     assert ShardInputs.parse(["/a", "/b/{0..1}.tar"]).glob == "/{a,b/{[0-1]}.tar}"
     assert ShardInputs.parse(["s3a://x/a", "s3a://x/b"]).glob == "s3a://x/{a,b}"
+
+
+def test_a_bucket_is_its_root_directory():
+    inputs = ShardInputs.parse("s3a://bucket")
+    assert (inputs.glob, inputs.filesystem, inputs.roots) == (
+        "s3a://bucket/",
+        "s3a://bucket",
+        ("/",),
+    )
+    inputs.check(["s3a://bucket/x.tar"])
+    assert ShardInputs.parse(["s3a://bucket", "s3a://bucket/a/b.tar"]).filesystem == "s3a://bucket"
+
+
+def test_a_comma_among_several_inputs_is_refused_and_alone_it_is_not():
+    with pytest.raises(InputError, match=r"/d/a,b has a comma.* give it alone, or with \?"):
+        ShardInputs.parse(["/d/a,b", "/d/c"]).glob  # noqa: B018
+    assert ShardInputs.parse("/d/a,b").glob == "/d/a,b"
+    assert ShardInputs.parse(["/d/{a,b}", "/d/c"]).glob == "/{d/{a,b},d/c}"
+    assert ShardInputs.parse(["/d/a?b", "/d/c"]).glob == "/{d/a?b,d/c}"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +142,30 @@ def test_a_directory_named_dbfs_is_no_mount_elsewhere(monkeypatch):
 def test_object_stores_resolve_under_hadoops_names_too():
     filesystem, path = resolve("gcs://bucket/some key/x.tar")
     assert (filesystem.type_name, path) == ("gcs", "bucket/some key/x.tar")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "wasbs://container@account.blob.core.windows.net/a/b.tar",
+        "wasb://container@account.blob.core.windows.net/a/b.tar",
+        "abfss://container@account.dfs.core.windows.net/a/b.tar",
+        "abfss://container@account.blob.core.windows.net/a/b.tar",
+    ],
+)
+def test_azures_container_is_part_of_the_path(url):
+    filesystem, path = resolve(url)
+    assert (filesystem.type_name, path) == ("abfs", "container/a/b.tar")
+
+
+def test_hdfs_without_a_namenode_is_the_configured_one(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        fs, "HadoopFileSystem", lambda *args, **options: made.append((args, options))
+    )
+    assert resolve("hdfs:///data/x.tar")[1] == "/data/x.tar"
+    assert made == [(("default",), {"port": 0})]
+    _filesystem.cache_clear()
 
 
 def test_an_unknown_filesystem_is_refused():

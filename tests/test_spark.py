@@ -26,6 +26,7 @@ from spark_nsfw import (
 )
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.photographs import write_photograph_shards, write_shard
+from spark_nsfw.provenance import inspect_output
 from spark_nsfw.shards import iter_samples
 from spark_nsfw.spark.workers import choose_device, classifier_identity, worker_scorer
 
@@ -369,3 +370,51 @@ def test_save_metadata_without_a_path_writes_sidecars_that_the_next_run_reads(
     assert "source_status" not in columns
     rows = embedder(again).metadata.collect()
     assert [row.nsfw_score for row in rows if row.key in ids] == sidecar["nsfw_score"].tolist()
+
+
+def test_sidecars_have_every_row_of_metadata_that_was_shuffled_or_split(spark, embedder, tmp_path):
+    write_photograph_shards(tmp_path, num_shards=2, samples_per_shard=7)
+    (tmp_path / "_spark_nsfw_sidecars" / "shard=gone").mkdir(parents=True)  # of a run that died
+    (tmp_path / "_spark_nsfw_sidecars" / "shard=gone" / "part-0.parquet").write_bytes(b"x")
+    dataset = embedder(ImageTextPairDataset.from_webdataset(str(tmp_path)))
+    before = spark.conf.get("spark.sql.files.maxRecordsPerFile")
+    spark.conf.set("spark.sql.files.maxRecordsPerFile", 2)
+    try:
+        dataset.save_metadata()
+        in_order = pd.read_parquet(tmp_path / "00000.parquet")
+        rows = [(f"0000{s}000{i}", f"{s}{i}") for s in range(2) for i in range(7)]
+        labels = spark.createDataFrame(rows, "key string, label string").repartition(5)
+        joined = dataset.metadata.repartition(5).join(labels.hint("shuffle_merge"), "key")
+        dataset.metadata = joined.repartitionByRange(5, "label").sortWithinPartitions("label")
+        dataset.save_metadata()
+    finally:
+        spark.conf.set("spark.sql.files.maxRecordsPerFile", before)
+    assert in_order["key"].tolist() == [f"00000000{i}" for i in range(7)]
+    for shard in range(2):
+        sidecar = pd.read_parquet(tmp_path / f"0000{shard}.parquet")
+        assert sidecar["label"].tolist() == [f"{shard}{i}" for i in range(7)]
+        assert sidecar["nsfw_score"].notna().all()
+    (note,) = inspect_output(str(tmp_path / "00000.parquet"))
+    assert json.loads(note)["embedder"]["model_name"] == "test_vit2"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_sidecars_of_several_inputs_lie_beside_their_shards(spark, embedder, tmp_path):
+    for name in ("a", "b/deep"):
+        write_photograph_shards(tmp_path / name, num_shards=1, samples_per_shard=2)
+    (tmp_path / "b" / "deep" / "00000.tar").rename(tmp_path / "b" / "deep" / "00001.tar")
+    inputs = [str(tmp_path / "b" / "deep" / "*.tar"), str(tmp_path / "a")]
+    embedder(ImageTextPairDataset.from_webdataset(inputs)).save_metadata()
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "a/00000.parquet", "a/00000.tar", "b/deep/00001.parquet", "b/deep/00001.tar",
+    ]  # fmt: skip
+
+
+def test_rows_of_a_shard_that_is_not_there_save_nothing(spark, embedder, tmp_path):
+    write_photograph_shards(tmp_path, num_shards=1, samples_per_shard=2)
+    dataset = embedder(ImageTextPairDataset.from_webdataset(str(tmp_path)))
+    other = dataset.metadata.withColumn("shard", F.lit("other"))
+    dataset.metadata = dataset.metadata.unionByName(other)
+    with pytest.raises(InputError, match="1 shards that the dataset does not have, such as 'oth"):
+        dataset.save_metadata()
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]

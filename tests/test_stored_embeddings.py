@@ -13,7 +13,7 @@ from test_job import arguments
 from spark_nsfw import NsfwClassifier
 from spark_nsfw.cli import main
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.stored_embeddings import StoredEmbeddings, embedding_matrix
+from spark_nsfw.stored_embeddings import StoredEmbeddings, embedding_matrix, score_column
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,76 @@ def test_an_npy_that_is_shorter_or_longer_than_its_rows_is_a_row(tmp_path, golde
     path = tmp_path / "img_emb" / "img_emb_0.npy"
     path.write_bytes(path.read_bytes()[:-1])
     assert rows_of(tmp_path, classifier)["error_message"][0].as_py().endswith("is cut off")
+
+
+def test_the_classifier_says_which_width_is_right_not_the_first_row(golden, classifier, expected):
+    rows = [[], [1.0], [1.0], golden[0], None]
+    scores, usable = score_column(pa.array(rows, pa.list_(pa.float32())), None, [classifier], "cpu")
+    assert scores[0].to_pylist() == [None, None, None, expected[0], None]
+    assert usable.tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("rows", [[[1.0]], [[]], [[], [1.0]], [None], []])
+def test_a_batch_with_no_more_than_one_misfit_has_no_scores(rows, detector_path):
+    column = pa.array(rows, pa.list_(pa.float32()))
+    for classifier in (NsfwClassifier(model_path=detector_path), NsfwClassifier()):
+        (scores,), usable = score_column(column, None, [classifier], "cpu")
+        assert scores.to_pylist() == [None] * len(rows)
+        assert not usable.any()
+
+
+def test_embeddings_that_are_all_of_another_width_are_refused(golden, classifier):
+    column = pa.array([*golden[:3, :100]], pa.list_(pa.float32()))
+    with pytest.raises(EmbeddingWidthError, match="768"):
+        score_column(column, None, [classifier], "cpu")
+
+
+def test_nanoseconds_do_not_cost_the_file(tmp_path, golden, classifier, expected):
+    times = pa.array([1, 1_700_000_000_123_456_789], pa.timestamp("ns"))
+    write_sidecar(tmp_path / "0.parquet", golden[:2], seen=times, several=[[times[0]], [times[1]]])
+    table = rows_of(tmp_path, classifier)
+    assert table["nsfw_score"].to_pylist() == expected[:2]
+    assert [str(value) for value in table["seen"]] == [
+        "1970-01-01 00:00:00", "2023-11-14 22:13:20.123456",
+    ]  # fmt: skip
+    assert str(table["several"][1][0]) == "2023-11-14 22:13:20.123456"
+
+
+def test_integers_that_another_file_has_as_floats_do_not_cost_the_file(
+    tmp_path, golden, classifier
+):
+    write_sidecar(tmp_path / "0.parquet", golden[:1], size=[2**60 + 1])
+    write_sidecar(tmp_path / "1.parquet", golden[:1], size=[2.5])
+    table = rows_of(tmp_path, classifier)
+    assert table["size"].to_pylist() == [float(2**60), 2.5]
+
+
+def test_types_that_have_none_in_common_are_refused_with_both_files(tmp_path, golden):
+    write_sidecar(tmp_path / "0.parquet", golden[:1], n=[1])
+    write_sidecar(tmp_path / "1.parquet", golden[:1], n=[1], w=[5])
+    write_sidecar(tmp_path / "2.parquet", golden[:1], n=[1], w=["wide"])
+    message = r"column 'w' is int64 in .*/1\.parquet and string in .*/2\.parquet"
+    with pytest.raises(InputError, match=message):
+        StoredEmbeddings.open(str(tmp_path))
+
+
+def test_a_partitions_own_directory_or_file_is_named_by_the_partition(tmp_path, golden, classifier):
+    directory = tmp_path / "out" / "shard=a%2F00042"
+    write_sidecar(directory / "part-0.parquet", golden[:1])
+    for place in (tmp_path, tmp_path / "out", directory, directory / "part-0.parquet"):
+        assert rows_of(place, classifier)["shard"].to_pylist() == ["a/00042"]
+
+
+def test_a_partition_without_our_columns_is_scored_all_the_same(
+    tmp_path, golden, classifier, expected
+):
+    for number, columns in enumerate(({"status": ["ok"], "error_message": ["so"]}, {})):
+        path = tmp_path / f"shard={number}" / "part-0.parquet"
+        write_sidecar(path, golden[number : number + 1], **columns)
+    table = rows_of(tmp_path, classifier)
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    assert table["error_message"].to_pylist() == ["so", None]
+    assert table["nsfw_score"].to_pylist() == expected[:2]
 
 
 def test_columns_that_some_files_lack_or_type_otherwise_are_merged(tmp_path, golden, classifier):

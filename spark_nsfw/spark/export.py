@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -22,11 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.export import (
+    KEPT,
     SOURCE_SHARD,
     STATE,
     ExportOptions,
@@ -42,14 +44,21 @@ from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.spark.writer import read_provenance, write_metadata, write_schema
-from spark_nsfw.storage import absolute, is_below, list_files, open_input, resolve
+from spark_nsfw.storage import (
+    absolute,
+    delete_directory,
+    files_digest,
+    is_below,
+    list_files,
+    open_input,
+    resolve,
+)
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
 
 #: Output shards share a task where there are more of them than this.
 _MAX_TASKS = 10_000
 
-_KEPT = "_kept"
 _OURS = (SHARD, KEY, STATUS, ERROR_MESSAGE)
 
 
@@ -135,11 +144,7 @@ def export_metadata(
         raise InputError(f"{metadata} does not exist, or has no metadata in it")
     request = {
         "where": where,
-        "metadata": {
-            "source": root,
-            "num_files": len(names),
-            "names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-        },
+        "metadata": {"source": root, "num_files": len(names)},
     }
     _refuse_inside(output, [metadata])
     try:
@@ -160,7 +165,10 @@ def export_metadata(
 
 
 def plan_digest(rows: DataFrame) -> str:
-    """What tells rows that are yet to be computed from others, the same in every session."""
+    """What tells rows that are yet to be computed from others, the same in every session.
+
+    Spark's plan names Python functions and does not show what they do.
+    """
     text = io.StringIO()
     with redirect_stdout(text):
         rows.explain(mode="extended")
@@ -184,7 +192,8 @@ def export_rows(
     Args:
         rows: with the columns of `spark_nsfw.schema`, read or yet to be computed.
         where: what makes a row one to keep.
-        request: what tells this export from another into the same output.
+        request: what tells this export from another into the same output, besides its
+            options and the files that the rows are read from.
         inputs, output, columns, keep_unscored, options: as for `export_metadata`.
 
     Raises:
@@ -197,6 +206,7 @@ def export_rows(
     _refuse_inside(output, [inputs.filesystem + root for root in inputs.roots])
     url_of = {inputs.shard_name(path): path for path in list_shards(spark, inputs)}
     request = request | {
+        "input_files_sha256": files_digest(map(unquote, rows.inputFiles())),
         "columns": kept_columns,
         "keep_unscored": keep_unscored,
         "options": asdict(options),
@@ -209,14 +219,14 @@ def export_rows(
         kept = scored & where
         if keep_unscored:
             kept = kept | (~scored & F.col(KEY).isNotNull())
-        kept_rows = rows.withColumn(_KEPT, F.coalesce(kept, F.lit(False)))
+        kept_rows = rows.withColumn(KEPT, F.coalesce(kept, F.lit(False)))
         plan = _freeze(kept_rows, output, request, options)
     else:
         refuse_another_note(output, plan["request"], request)
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
     if unknown:
         if is_new:
-            _delete(output, "")
+            delete_directory(f"{output}/{STATE}")
         raise InputError(
             f"{len(unknown):,} of the shards are not below {', '.join(inputs.roots)}, such as "
             f"{unknown[0]}: give the input that was scored"
@@ -263,33 +273,36 @@ def _kept_columns(
 def _freeze(
     rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
 ) -> dict[str, Any]:
-    """Write the rows to keep, once, and then the plan, which says that they are complete."""
-    _delete(output, "selection")  # of a run that was stopped before its plan stood
+    """Write which rows to keep, once, and then the plan, which says that they are complete."""
     selection = f"{output}/{STATE}/selection"
-    observation = Observation()
-    status = F.col(STATUS)
-    counts = [F.count_if(status == s.value).alias(s.value) for s in Status]
-    counts += [
-        F.count_if((status == s.value) & F.col(_KEPT)).alias(f"{s.value} {_KEPT}") for s in Status
+    delete_directory(selection)  # of a run that was stopped before its plan stood
+    # Rows that are not kept go along, with nothing but their status, to be counted where they
+    # are written: RAPIDS cannot plan a query that counts them with `observe`.
+    columns = [
+        F.col(f"`{name}`")
+        if name in (SHARD, STATUS)
+        else F.when(F.col(KEPT), F.col(f"`{name}`")).alias(name)
+        for name in request["columns"]
     ]
-    selected = (
-        rows.observe(observation, *counts)
-        .where(_KEPT)
-        .select([F.col(f"`{name}`") for name in request["columns"]])
-    )
-    write_schema(selected, selection)
-    write_metadata(selected, selection)
-    by_shard = rows.sparkSession.read.parquet(selection).groupBy(SHARD).count().collect()
-    counted = observation.get
+    frozen = rows.select(*columns, KEPT)
+    write_schema(frozen, selection)
+    write_metadata(frozen, selection)
+    written = rows.sparkSession.read.parquet(selection)
+    num_rows: Counter[str] = Counter()
+    num_selected: Counter[str] = Counter()
+    num_selected_by_shard: Counter[str] = Counter()
+    for row in written.groupBy(SHARD, STATUS, KEPT).count().collect():
+        num_rows[row[STATUS]] += row["count"]
+        if row[KEPT]:
+            num_selected[row[STATUS]] += row["count"]
+            num_selected_by_shard[row[SHARD]] += row["count"]
     plan = {
         "request": request,
-        "num_rows": {s.value: counted[s.value] for s in Status if counted[s.value]},
-        "num_selected": {
-            s.value: counted[f"{s.value} {_KEPT}"] for s in Status if counted[f"{s.value} {_KEPT}"]
-        },
-        "num_selected_by_shard": {row[SHARD]: row["count"] for row in by_shard},
+        "num_rows": num_rows,
+        "num_selected": num_selected,
+        "num_selected_by_shard": num_selected_by_shard,
     }
-    plan_shards(plan["num_selected_by_shard"], options)  # refused before the plan stands
+    plan_shards(num_selected_by_shard, options)  # refused before the plan stands
     with new_file(f"{output}/{STATE}/plan.json", output) as file:
         file.write(json.dumps(plan, indent=1).encode())
     return plan
@@ -392,8 +405,8 @@ def _finish(
 
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(count, shards))
-    _delete(output, "selection")
-    _delete(output, "partial")
+    delete_directory(f"{output}/{STATE}/selection")
+    delete_directory(f"{output}/{STATE}/partial")
     return ExportSummary(
         output=output,
         num_shards=len(shards),
@@ -403,13 +416,6 @@ def _finish(
         num_selected=plan["num_selected"],
         problems=problems,
     )
-
-
-def _delete(output: str, name: str) -> None:
-    """Delete one of our own folders below an output, if it is there."""
-    filesystem, path = resolve(f"{output}/{STATE}/{name}")
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
 
 
 def _refuse_inside(output: str, places: Sequence[str]) -> None:

@@ -168,8 +168,8 @@ def score_embeddings(
 ) -> DataFrame:
     """Rows with stored embeddings → the same rows with a score column (float) per classifier.
 
-    A row whose embedding is null, not finite, or of another width than the first one of
-    its Arrow batch has a null score.
+    A row whose embedding is null, not finite, or not of the width that the classifier takes
+    has a null score; where it takes several, the commonest of the Arrow batch counts.
 
     Args:
         rows: with a column (array<float>) of each classifier's ``embedding_column``.
