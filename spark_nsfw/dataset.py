@@ -125,8 +125,11 @@ class ImageTextPairDataset:
         if self.embedder is None:
             metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
             return _with_stored_scores(metadata, self.classifiers) if self.classifiers else metadata
-        embedder = self.embedder.with_precision_of(device_kind(self.spark))
-        scored = score_shards(paths, self._inputs, self._options, embedder, self.classifiers)
+        kind = device_kind(self.spark)
+        embedder = self.embedder.with_precision_of(kind)
+        scored = score_shards(
+            paths, self._inputs, self._options, embedder, self.classifiers, device=kind
+        )
         note = provenance(embedder, settled(embedder, self.classifiers))
         return with_provenance(scored, self._result_columns, note)
 
