@@ -9,6 +9,7 @@ import time
 from itertools import chain
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import test_resume
 import torch
@@ -17,7 +18,7 @@ from pyspark import cloudpickle
 from test_job import arguments, run
 from test_spark import collected
 
-from spark_nsfw import ImageClassifier, TimmImageEmbedder
+from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.inputs import ShardInputs
@@ -338,6 +339,57 @@ def test_changes_are_mixed_only_when_told(spark, inputs, embedder, tmp_path):
     assert (summary.num_samples, summary.num_new_images) == (12, 6)
     with pytest.raises(JobError, match="keep_embeddings was true, is now false"):
         run(spark, str(inputs), output, embedder, allow_changes=True, keep_embeddings=False)
+
+
+def test_another_dataset_into_the_same_output_is_refused(spark, inputs, embedder, tmp_path):
+    output, other = tmp_path / "out", tmp_path / "other"
+    run(spark, str(inputs / "0000[01].tar"), output, embedder)
+    rows = rows_of(spark, output)
+    write_photograph_shards(other, num_shards=1, samples_per_shard=2, seed=5)  # it has a 00000
+    for changed in (str(other), str(tmp_path)):
+        for allow_changes in (False, True):
+            with pytest.raises(JobError, match="inputs.roots.* was .*/in/.*, is now .*") as refused:
+                run(spark, changed, output, embedder, allow_changes=allow_changes)
+            assert "Give another output, or --overwrite to start anew" in str(refused.value)
+            assert "--allow-changes" not in str(refused.value)
+    assert rows_of(spark, output) == rows
+    run(spark, f"file:{inputs}/", output, embedder)  # the same root by another name
+    assert len(rows_of(spark, output)) == 12
+
+
+def test_an_output_from_before_inputs_were_noted_goes_on(spark, inputs, embedder, tmp_path):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "00000.tar"), output, embedder)
+    (schema,) = (output / "shard=__schema__").glob("*.parquet")
+    table = pq.read_table(schema, partitioning=None)
+    key = b"org.apache.spark.sql.parquet.row.metadata"
+    spark_schema = json.loads(table.schema.metadata[key])
+    for field in spark_schema["fields"]:
+        if "spark_nsfw" in field["metadata"]:
+            note = json.loads(field["metadata"]["spark_nsfw"])
+            del note["inputs"]
+            field["metadata"]["spark_nsfw"] = json.dumps(note)
+    changed = table.schema.metadata | {key: json.dumps(spark_schema)}
+    pq.write_table(table.replace_schema_metadata(changed), schema)
+    schema.with_name(f".{schema.name}.crc").unlink()
+    run(spark, str(inputs), output, embedder)
+    assert len(rows_of(spark, output)) == 12
+
+
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_result_columns_are_never_mixed(
+    spark, inputs, embedder, aesthetic_path, tmp_path, allow_changes
+):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "00000.tar"), output, embedder)
+    aesthetic = AestheticClassifier(model_path=aesthetic_path)
+    more = TimmImageEmbedder(
+        "test_vit2", embedding_size=768, classifiers=[*embedder.classifiers, aesthetic]
+    )
+    named = r'result_columns was \["image_embedding", "nsfw_score"\], is now \["aesthetic_score"'
+    with pytest.raises(JobError, match=named):
+        run(spark, str(inputs), output, more, allow_changes=allow_changes)
+    assert len(rows_of(spark, output)) == 3
 
 
 def test_a_missing_number_of_shards_is_refused(spark, inputs, embedder, tmp_path):

@@ -28,7 +28,7 @@ from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError, JobStoppedError, SparkNsfwError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import provenance, refuse_another_note
+from spark_nsfw.provenance import PROVENANCE, provenance, refuse_another_note
 from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
 from spark_nsfw.spark.progress import Progress, ProgressStyle
@@ -70,6 +70,9 @@ _MIN_SHARDS_PER_WAVE = 256
 
 #: Tasks that a slot gets in a wave, so that slow shards do not queue behind each other.
 _TASKS_PER_SLOT = 8
+
+#: What of the note has to stay as it is, whatever is allowed to change.
+_NEVER_MIXED = ("rows", "inputs")
 
 #: Seconds between two looks at whether to stop.
 _STOP_POLL_SECONDS = 1
@@ -165,7 +168,8 @@ def run_job(
 
     Raises:
         InputError: nothing to read, or arguments that cannot work.
-        JobError: the output was made with other weights or columns, or Spark failed.
+        JobError: the output was made with other weights or columns, or from inputs of
+            another root, or Spark failed.
         JobStoppedError: ``stop`` was set before all shards were done.
     """
     if not hasattr(spark, "_jsparkSession"):
@@ -185,14 +189,20 @@ def run_job(
         shards = _first_shards(spark, inputs, options, stop)
         embedder = embedder.with_precision_of(device_kind(spark, options.device))
         chosen = settled(embedder, classifiers)
-        note = provenance(embedder, chosen) | {"rows": options.describe()}
+        note = provenance(embedder, chosen) | {
+            "rows": options.describe(),
+            "inputs": {"filesystem": inputs.filesystem, "roots": list(inputs.roots)},
+        }
 
         existing = _existing_schema(spark, output)
         path_of_shard = {inputs.shard_name(path): path for path in shards}
         if existing is None:
             passthrough = settle_columns(spark, shards[0], options.samples.id_col, options.columns)
         else:
-            _refuse_another_note(output, read_provenance(existing) or {}, note, options)
+            results = _result_columns(embedder, chosen)
+            if not options.keep_embeddings:
+                results.remove(embedder.image_embedding_column)
+            _refuse_another_output(output, existing, results, note, options.allow_changes)
             passthrough = _passthrough_of(existing, options, embedder, chosen)
         job = _Job(
             spark, inputs, output, embedder, chosen, note,
@@ -424,14 +434,28 @@ def _passthrough_of(
     return tuple(field for field in arrow_fields(existing) if field.name not in ours)
 
 
-def _refuse_another_note(
-    output: str, before: dict[str, Any], now: dict[str, Any], options: JobOptions
+def _refuse_another_output(
+    output: str,
+    existing: StructType,
+    results: Sequence[str],
+    now: dict[str, Any],
+    allow_changes: bool,
 ) -> None:
-    """Refuse to mix rows that were made in different ways, unless told; columns never mix."""
-    if options.allow_changes:
-        before, now = {"rows": before.get("rows")}, {"rows": now.get("rows")}
-        refuse_another_note(output, before, now, "or --overwrite to start anew")
-    else:
+    """Refuse to mix rows that were made in different ways, unless told.
+
+    Columns never mix. Nor do inputs of different roots: shards are named below their root, so
+    that one dataset's would replace another's, or the same shard come back under another name.
+    """
+    before = read_provenance(existing) or {}
+    before.setdefault("inputs", now["inputs"])  # notes of older outputs do not have them
+    columns = [field.name for field in existing if PROVENANCE in (field.metadata or {})]
+    refuse_another_note(
+        output,
+        {name: before.get(name) for name in _NEVER_MIXED} | {"result_columns": sorted(columns)},
+        {name: now[name] for name in _NEVER_MIXED} | {"result_columns": sorted(results)},
+        "or --overwrite to start anew",
+    )
+    if not allow_changes:
         remedy = "or --overwrite to start anew, or --allow-changes to mix both"
         refuse_another_note(output, before, now, remedy)
 
