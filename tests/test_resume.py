@@ -24,7 +24,7 @@ from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.photographs import encode, write_photograph_shards, write_shard
 from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.waves import reason, write_apart
+from spark_nsfw.spark.waves import Crashes, reason, write_apart
 
 
 @pytest.fixture
@@ -162,6 +162,22 @@ class Poison(ImageClassifier):
         return score
 
 
+class Fault(ImageClassifier):
+    """Kills every worker as long as there is a certain file."""
+
+    def __init__(self, file):
+        super().__init__("fault")
+        self.file = file
+
+    def load_model(self, device):
+        def score(embeddings):
+            if self.file.exists():
+                os.abort()
+            return embeddings[:, 0]
+
+        return score
+
+
 def out_of_patience():
     raise ValueError("a mistake in the classifier")
 
@@ -221,9 +237,56 @@ def test_write_apart_finds_every_shard_that_kills_its_worker():
         return list(part)
 
     shards = list(range(11))
-    counts = write_apart(shards, write, lambda shard, error: [f"{shard} {error}"])
+    counts = write_apart(shards, write, Crashes(lambda shard, error: [f"{shard} {error}"]))
     said = "Python worker exited unexpectedly (crashed)"
     assert list(chain(*counts)) == [0, 1, 2, f"3 {said}", f"4 {said}", 5, 6, 7, 8, f"9 {said}", 10]
+
+
+def test_one_shard_that_lives_clears_the_cluster_and_convicts_the_others():
+    def write(part):
+        if {"a", "b", "d", "e"} & set(part):
+            raise RuntimeError("Python worker exited unexpectedly (crashed)")
+        return list(part)
+
+    set_aside = []
+    crashes = Crashes(lambda shard, _: set_aside.append(shard) or [shard])
+    for shard, convicted in [("a", ""), ("b", ""), ("c", "ab"), ("d", "abd"), ("e", "abde")]:
+        write_apart([shard], write, crashes)
+        assert set_aside == list(convicted)
+
+
+@pytest.mark.parametrize("shards_per_wave", [1, 6])
+def test_a_cluster_that_kills_every_worker_sets_no_shard_aside(
+    spark, inputs, embedder, tmp_path, shards_per_wave
+):
+    write_photograph_shards(inputs, num_shards=6, samples_per_shard=2)
+
+    fault = tmp_path / "fault"
+    fault.touch()
+    classifiers = [*embedder.classifiers, Fault(fault)]
+    faulty = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
+    output, options = tmp_path / "out", {"shards_per_wave": shards_per_wave}
+    cloudpickle.register_pickle_by_value(test_resume)
+    try:
+        with pytest.raises(
+            JobError, match=r"first 4 shards alone: .*spark.executor.memoryOverhead"
+        ):
+            run_reporting(spark, inputs, output, faulty, lambda _: None, **options)
+        assert rows_of(spark, output) == {}
+        fault.unlink()
+        run_reporting(spark, inputs, output, faulty, lambda _: None, **options)
+    finally:
+        cloudpickle.unregister_pickle_by_value(test_resume)
+    assert {status for status, *_ in rows_of(spark, output).values()} == {"ok"}
+    assert len(rows_of(spark, output)) == 12
+
+
+def test_a_few_shards_that_are_all_there_is_are_set_aside(spark, inputs, poisoned, tmp_path):
+    lines = []
+    summary = run_reporting(
+        spark, inputs / "00002.tar", tmp_path / "out", poisoned(os.abort), lines.append
+    )
+    assert (summary.num_crashed_shards, summary.num_samples) == (1, 0)
 
 
 def test_the_reason_is_one_line_of_a_stack_trace():
@@ -348,7 +411,9 @@ def test_another_dataset_into_the_same_output_is_refused(spark, inputs, embedder
     write_photograph_shards(other, num_shards=1, samples_per_shard=2, seed=5)  # it has a 00000
     for changed in (str(other), str(tmp_path)):
         for allow_changes in (False, True):
-            with pytest.raises(JobError, match="inputs.roots.* was .*/in/.*, is now .*") as refused:
+            with pytest.raises(
+                JobError, match=r"inputs\.roots.* was .*/in/.*, is now .*"
+            ) as refused:
                 run(spark, changed, output, embedder, allow_changes=allow_changes)
             assert "Give another output, or --overwrite to start anew" in str(refused.value)
             assert "--allow-changes" not in str(refused.value)

@@ -41,7 +41,7 @@ from spark_nsfw.spark.reader import (
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import arrow_fields
 from spark_nsfw.spark.udf import score_samples, score_shards, settled
-from spark_nsfw.spark.waves import reason, write_apart
+from spark_nsfw.spark.waves import Crashes, reason, write_apart
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
@@ -259,6 +259,9 @@ class _Job:
     progress: Progress
     path_of_shard: dict[str, str]
 
+    def __post_init__(self) -> None:
+        self.crashes = Crashes(self._set_aside)
+
     def begin_output(self) -> None:
         """Write the partition without rows.
 
@@ -336,16 +339,29 @@ class _Job:
             )
 
     def read_rowless_shards(self) -> None:
-        """Read shards again that were listed and have no rows: empty ones, or vanished ones."""
+        """Read shards again that were listed and have no rows: empty ones, or vanished ones.
+
+        Raises:
+            JobError: they cannot be written.
+        """
         if self.stop.is_set():
             return
+        self.crashes.blame_shards()  # there are no others by which to tell
         metadata = self.spark.read.parquet(self.output)
         written = {row[SHARD] for row in metadata.select(SHARD).distinct().collect()}
         rowless = [path for name, path in self.path_of_shard.items() if name not in written]
-        if rowless:
-            num_by_status = self._write(rowless)
-            if num_by_status:
-                self.progress.add([*map(self.inputs.shard_name, rowless)], num_by_status)
+        if not rowless:
+            return
+        try:
+            counts = write_apart(rowless, self._write, self.crashes)
+            counts += self.crashes.blame_shards()
+        except (PySparkException, Py4JJavaError) as exc:
+            raise JobError(
+                f"shards without rows could not be read, run again to resume: {reason(exc)}"
+            ) from exc
+        num_by_status = sum(counts, Counter())
+        if num_by_status:
+            self.progress.add([*map(self.inputs.shard_name, rowless)], num_by_status)
 
     def _write_wave(self, shards: DataFrame) -> None:
         if self.stop.is_set():
@@ -357,7 +373,7 @@ class _Job:
         counts = write_apart(
             paths,
             lambda part: self._write(part, shards if len(part) == len(paths) else None),
-            self._set_aside,
+            self.crashes,
         )
         self.progress.add([*map(self.inputs.shard_name, paths)], sum(counts, Counter()))
 
