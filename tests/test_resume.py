@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.photographs import encode, write_photograph_shards, write_shard
-from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.job import JobOptions, delete_output, run_job
 from spark_nsfw.spark.waves import Crashes, reason, write_apart
 
 
@@ -384,6 +385,52 @@ def test_overwrite_asks_and_starts_anew(spark, inputs, tmp_path, detector_path, 
     note = json.loads(spark.read.parquet(str(output)).schema["nsfw_score"].metadata["spark_nsfw"])
     assert "decode=exact" in note["embedder"]["preprocessing"]
     assert spark.read.parquet(str(output)).count() == 12
+
+
+def test_overwrite_finds_a_relative_output(inputs, tmp_path, detector_path, spark, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Spark's JVM does not stand
+    assert score(inputs, "out", detector_path) == 0
+    assert score(inputs, "out", detector_path, "--decode=exact", "--overwrite", "--yes") == 0
+    assert spark.read.parquet(str(tmp_path / "out")).count() == 12
+
+
+def test_overwrite_names_mounted_outputs_as_spark_does(spark, monkeypatch):
+    asked = []
+
+    def filesystem(_, url):
+        asked.append(url)
+        return SimpleNamespace(exists=lambda _: False), url
+
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    monkeypatch.setattr("spark_nsfw.spark.job.hadoop_filesystem", filesystem)
+    delete_output(spark, "/dbfs/metadata/out")
+    assert asked == ["dbfs:/metadata/out"]
+
+
+def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detector_path, capsys):
+    output, option = tmp_path / "out", "mapreduce.fileoutputcommitter.marksuccessfuljobs"
+    spark.conf.set(option, "false")
+    try:
+        assert score(inputs, output, detector_path) == 0
+        assert not list(output.rglob("_SUCCESS"))
+        assert score(inputs, output, detector_path, "--decode=exact") == 1
+        assert "was made in another way" in capsys.readouterr().err
+        assert score(inputs, output, detector_path, "--decode=exact", "--overwrite", "--yes") == 0
+    finally:
+        spark.conf.unset(option)
+
+
+def test_what_a_killed_driver_was_writing_is_deleted(
+    spark, inputs, undisturbed, embedder, tmp_path
+):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "0000[01].tar"), output, embedder)
+    staging = output / ".spark-staging-0f2a" / "shard=00002"
+    shutil.copytree(output / "shard=00001", staging)
+    run(spark, str(inputs), output, embedder)
+    assert sum(pq.read_metadata(file).num_rows for file in output.rglob("*.parquet")) == 12
+    assert not staging.parent.exists()
+    assert rows_of(spark, output) == undisturbed
 
 
 def test_overwrite_deletes_nothing_but_an_output(spark, inputs, tmp_path, detector_path):

@@ -46,6 +46,7 @@ from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     count_statuses,
+    delete_staging,
     hadoop_filesystem,
     partition_values,
     read_provenance,
@@ -54,7 +55,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import absolute, hadoop_path, last_change, write_text
+from spark_nsfw.storage import absolute, hadoop_path, last_change, list_files, write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -194,6 +195,7 @@ def run_job(
             "inputs": {"filesystem": inputs.filesystem, "roots": list(inputs.roots)},
         }
 
+        delete_staging(output)
         existing = _existing_schema(spark, output)
         path_of_shard = {inputs.shard_name(path): path for path in shards}
         if existing is None:
@@ -477,11 +479,14 @@ def _refuse_another_output(
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
-    """The columns of an output that an earlier run has begun, or None."""
-    schema_partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
-    filesystem, path = hadoop_filesystem(spark, f"{schema_partition}/_SUCCESS")
+    """The columns of an output that an earlier run has begun, or None.
+
+    A committed file tells; not every committer leaves a ``_SUCCESS``.
+    """
+    partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
+    begun = any(name.endswith(".parquet") for name in list_files(partition)[1])
     # Spark itself logs a stack trace for a path that is not there.
-    return spark.read.parquet(schema_partition).schema if filesystem.exists(path) else None
+    return spark.read.parquet(partition).schema if begun else None
 
 
 def delete_output(spark: SparkSession, output: str) -> None:
@@ -490,9 +495,10 @@ def delete_output(spark: SparkSession, output: str) -> None:
     Raises:
         InputError: it is no output of this job.
     """
+    output = absolute(hadoop_path(output))
     filesystem, path = hadoop_filesystem(spark, output)
     if not filesystem.exists(path):
         return
-    if _existing_schema(spark, output) is None:
+    if SCHEMA_PARTITION not in partition_values(output):
         raise InputError(f"{output} is no output of spark-nsfw, and is not deleted")
     filesystem.delete(path, True)
