@@ -123,6 +123,40 @@ def test_a_checkpoint_that_is_gone_or_damaged(
     assert rows_of(spark, output) == undisturbed
 
 
+def test_a_run_that_is_stopped_after_its_checkpoint_was_deleted(
+    spark, inputs, undisturbed, embedder, tmp_path
+):
+    output = tmp_path / "out"
+    run_reporting(spark, inputs, output, embedder, lambda _: None)
+    shutil.rmtree(output / "_spark_nsfw")
+    for _ in range(2):  # the second run has a checkpoint, which does not know of all shards
+        stop, lines = threading.Event(), []
+
+        def report(line, stop=stop, lines=lines):
+            lines.append(line)
+            stop.set()
+
+        with pytest.raises(JobStoppedError, match="stopped after 1 shards in this run"):
+            run_reporting(spark, inputs, output, embedder, report, stop)
+        assert len(lines) == 1
+        assert not (output / "_spark_nsfw" / "summary.json").exists()
+    again = []
+    run_reporting(spark, inputs, output, embedder, again.append)
+    assert len(again) == 2
+    assert rows_of(spark, output) == undisturbed
+
+
+def test_a_run_that_is_stopped_when_all_is_done_is_done(spark, inputs, embedder, tmp_path):
+    stop = threading.Event()
+
+    def report(line):
+        if line.startswith("wave 4"):
+            stop.set()
+
+    summary = run_reporting(spark, inputs, tmp_path / "out", embedder, report, stop)
+    assert summary.num_samples == 12
+
+
 def test_an_output_that_cannot_be_written(spark, inputs, embedder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match=r"/file/out cannot be written: .*irectory"):
@@ -340,6 +374,58 @@ def test_watching_scores_shards_as_they_arrive(spark, inputs, undisturbed, embed
         thread.join()
     assert summaries[0].num_samples == 12
     assert rows_of(spark, tmp_path / "out") == undisturbed
+
+
+def test_watching_begins_with_what_somebody_deleted(spark, inputs, undisturbed, embedder, tmp_path):
+    output, stop, lines = tmp_path / "out", threading.Event(), []
+    run_reporting(spark, inputs, output, embedder, lambda _: None)
+    shutil.rmtree(output / "shard=00001")
+
+    def report(line):
+        lines.append(line)
+        stop.set()
+
+    run_reporting(spark, inputs, output, embedder, report, stop, watch=True, settle_seconds=0)
+    assert "3 images scored" in lines[0]
+    assert rows_of(spark, output) == undisturbed
+
+
+def test_a_watch_that_is_stopped_with_shards_left_says_so(spark, inputs, embedder, tmp_path):
+    stop, lines = threading.Event(), []
+
+    def report(line):
+        lines.append(line)
+        if line.startswith("wave 1"):
+            for number in (5, 6):
+                shutil.copyfile(inputs / "00001.tar", inputs / f"0000{number}.tar")
+        if line.startswith("wave 5"):
+            stop.set()
+
+    with pytest.raises(JobStoppedError, match="stopped after 5 shards"):
+        run_reporting(
+            spark, inputs, tmp_path / "out", embedder, report, stop, watch=True, settle_seconds=0
+        )
+    assert len(lines) == 5
+
+
+def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
+    spark, inputs, embedder, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    stop = threading.Event()
+    threading.Timer(2, stop.set).start()
+    with pytest.raises(JobStoppedError, match="stopped before there was a shard"):
+        run_reporting(
+            spark, tmp_path / "empty", tmp_path / "out", embedder, print, stop, watch=True
+        )
+    write_photograph_shards(tmp_path / "other", num_shards=1, samples_per_shard=2)
+    both = ShardInputs.parse([str(inputs), str(tmp_path / "other")])
+    stop = threading.Event()
+    threading.Timer(30, stop.set).start()
+    with pytest.raises(InputError, match="would both be shard '00000'"):
+        run_job(
+            spark, both, str(tmp_path / "out"), embedder, options=JobOptions(watch=True), stop=stop
+        )
 
 
 def wait_for(condition):

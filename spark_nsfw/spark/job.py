@@ -72,6 +72,9 @@ _MIN_SHARDS_PER_WAVE = 256
 #: Tasks that a slot gets in a wave, so that slow shards do not queue behind each other.
 _TASKS_PER_SLOT = 8
 
+#: With ``watch``, once all is done that was there in the beginning.
+_WATCH_TRIGGER = {"processingTime": "5 seconds"}
+
 #: What of the note has to stay as it is, whatever is allowed to change.
 _NEVER_MIXED = ("rows", "inputs")
 
@@ -216,8 +219,10 @@ def run_job(
             job.begin_output()
         job.progress.watch(spark.sparkContext)
         try:
-            job.run_stream()
+            job.run_stream({"availableNow": True})
             job.read_rowless_shards()
+            if options.watch:
+                job.run_stream(_WATCH_TRIGGER)
         finally:
             job.progress.finish()
         if not job.progress.num_waves:
@@ -237,13 +242,20 @@ def run_job(
 def _first_shards(
     spark: SparkSession, inputs: ShardInputs, options: JobOptions, stop: threading.Event
 ) -> list[str]:
-    """The shards that are there; with ``watch``, as soon as there is one."""
+    """The shards that are there; with ``watch``, as soon as there is one.
+
+    Raises:
+        InputError: there are none, or inputs that cannot work.
+        JobStoppedError: stopped before there was one.
+    """
     while True:
         try:
             return list_shards(spark, inputs)
-        except InputError:
-            if not options.watch or stop.wait(_STOP_POLL_SECONDS):
+        except InputError as exc:
+            if not options.watch or "has no shard" not in str(exc):
                 raise
+            if stop.wait(_STOP_POLL_SECONDS):
+                raise JobStoppedError("stopped before there was a shard") from exc
 
 
 @dataclass
@@ -263,6 +275,7 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.crashes = Crashes(self._set_aside)
+        self.in_wave = False
 
     def begin_output(self) -> None:
         """Write the partition without rows.
@@ -275,8 +288,11 @@ class _Job:
         except (PySparkException, Py4JJavaError) as exc:
             raise JobError(f"{self.output} cannot be written: {reason(exc)}") from exc
 
-    def run_stream(self) -> None:
+    def run_stream(self, trigger: dict[str, Any]) -> None:
         """Write every shard that has not been written yet, wave by wave.
+
+        Args:
+            trigger: of Spark's; the stream ends by itself, or else when it is stopped.
 
         Raises:
             JobError: a wave failed.
@@ -306,20 +322,23 @@ class _Job:
             .select("path")
         )
         writer = stream.writeStream.foreachBatch(write_wave)
-        trigger: dict[str, Any] = (
-            {"processingTime": "5 seconds"} if self.options.watch else {"availableNow": True}
-        )
         writer = writer.option("checkpointLocation", checkpoint).trigger(**trigger)
-        query = None
+        query, stopped = None, False
         try:
             query = writer.start()
             while not query.awaitTermination(_STOP_POLL_SECONDS):
-                if self.stop.is_set():
+                if not self.stop.is_set():
+                    continue
+                if self.in_wave:
+                    stopped = True
+                    break
+                if trigger == _WATCH_TRIGGER:
+                    query.processAllAvailable()  # returns if no shard is left, or fails at its wave
                     break
         except (PySparkException, Py4JJavaError) as exc:
             cause = failures[0] if failures else exc
             if self.stop.is_set():
-                pass  # it stopped in the middle of a wave
+                stopped = True
             elif isinstance(cause, SparkNsfwError):
                 raise cause from exc
             elif failures:
@@ -334,7 +353,7 @@ class _Job:
         finally:
             if query is not None:
                 query.stop()
-        if self.stop.is_set() and self.progress.done < self.progress.shards:
+        if stopped:
             raise JobStoppedError(
                 f"stopped after {self.progress.num_new_shards:,} shards in this run; "
                 "the same command goes on from there"
@@ -345,15 +364,16 @@ class _Job:
 
         Raises:
             JobError: they cannot be written.
+            JobStoppedError: the run was stopped, and there are some.
         """
-        if self.stop.is_set():
-            return
         self.crashes.blame_shards()  # there are no others by which to tell
         metadata = self.spark.read.parquet(self.output)
         written = {row[SHARD] for row in metadata.select(SHARD).distinct().collect()}
         rowless = [path for name, path in self.path_of_shard.items() if name not in written]
         if not rowless:
             return
+        if self.stop.is_set():
+            raise JobStoppedError("stopped before all shards were done; the same command goes on")
         try:
             counts = write_apart(rowless, self._write, self.crashes)
             counts += self.crashes.blame_shards()
@@ -368,6 +388,7 @@ class _Job:
     def _write_wave(self, shards: DataFrame) -> None:
         if self.stop.is_set():
             raise JobStoppedError("stopped before a wave")
+        self.in_wave = True
         paths = [row["path"] for row in shards.collect()]
         self._remember(paths)
         if self.options.watch:
@@ -377,6 +398,7 @@ class _Job:
             lambda part: self._write(part, shards if len(part) == len(paths) else None),
             self.crashes,
         )
+        self.in_wave = False
         self.progress.add([*map(self.inputs.shard_name, paths)], sum(counts, Counter()))
 
     def _remember(self, paths: Sequence[str]) -> None:
