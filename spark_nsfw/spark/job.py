@@ -78,6 +78,9 @@ _WATCH_TRIGGER = {"processingTime": "5 seconds"}
 #: What of the note has to stay as it is, whatever is allowed to change.
 _NEVER_MIXED = ("rows", "inputs")
 
+#: Tasks that list the shards of a wave, at least.
+_MIN_LISTING_TASKS = 32
+
 #: Seconds between two looks at whether to stop.
 _STOP_POLL_SECONDS = 1
 
@@ -89,16 +92,35 @@ def _settings(spark: SparkSession) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.files.minPartitionNum": str(_TASKS_PER_SLOT * slots),
         # By default Spark looks up every shard of a wave in a task of its own.
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(slots),
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(
+            max(_MIN_LISTING_TASKS, slots)
+        ),
         # A shard that vanishes would fail its wave; it gets its row in the end.
         "spark.sql.files.ignoreMissingFiles": "true",
     }
 
 
 def num_slots(spark: SparkSession) -> int:
-    """Tasks that run at a time."""
-    cores_per_task = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    return max(1, spark.sparkContext.defaultParallelism // cores_per_task)
+    """Tasks that run at a time: what the cores allow, or the GPUs if those are fewer.
+
+    Counts executors that have registered; with dynamic allocation there may be more later.
+    """
+    context, conf = spark.sparkContext, spark.sparkContext.getConf()
+    slots = context.defaultParallelism // int(conf.get("spark.task.cpus", "1"))
+    gpus = int(conf.get("spark.executor.resource.gpu.amount", "0"))
+    per_task = float(conf.get("spark.task.resource.gpu.amount", "0"))
+    if gpus and per_task:
+        # Tasks may share a GPU; none has parts of two.
+        per_executor = gpus * int(1 / per_task) if per_task < 1 else int(gpus / per_task)
+        slots = min(slots, max(1, num_executors(spark)) * per_executor)
+    return max(1, slots)
+
+
+def num_executors(spark: SparkSession) -> int:
+    """Executors that have registered, or as many as were asked for if those are more."""
+    context: Any = spark.sparkContext
+    registered = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1  # and the driver
+    return max(registered, int(context.getConf().get("spark.executor.instances", "0")))
 
 
 @dataclass(frozen=True)
@@ -189,9 +211,10 @@ def run_job(
     if options.shards_per_wave is not None and options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
     output = absolute(hadoop_path(output))
+    # A task has run after this: at least one executor is there to count slots by.
+    embedder = embedder.with_precision_of(device_kind(spark, options.device))
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)
-        embedder = embedder.with_precision_of(device_kind(spark, options.device))
         chosen = settled(embedder, classifiers)
         note = provenance(embedder, chosen) | {
             "rows": options.describe(),
