@@ -451,13 +451,31 @@ def test_progress_and_summary_for_machines(spark, shards, tmp_path, detector_pat
     assert summary["num_samples"] - summary["num_by_status"]["ok"] == records[-1]["num_failed"] == 7
 
 
-@pytest.mark.parametrize(("limit", "status"), [("7", 0), ("6", 3), ("50%", 0), ("1%", 3)])
+@pytest.mark.parametrize(("limit", "status"), [("6", 0), ("5", 3), ("50%", 0), ("1%", 3)])
 def test_failed_samples_above_the_limit_are_exit_status_3(
     spark, shards, tmp_path_factory, detector_path, capsys, limit, status
 ):
     output = tmp_path_factory.getbasetemp() / "limited"  # the first case scores, the rest look
-    assert score(shards, output, detector_path, f"--max-failed={limit}") == status
+    whole = shards / "{00000.tar,00001.tar,odd}"
+    assert score(whole, output, detector_path, f"--max-failed={limit}") == status
     assert ("more than --max-failed" in capsys.readouterr().err) == (status == 3)
+
+
+def test_a_damaged_shard_is_exit_status_3_with_a_limit(
+    spark, shards, tmp_path, detector_path, capsys
+):
+    cut = shards / "0000[23].tar"
+    assert score(cut, tmp_path / "out", detector_path) == 0
+    assert score(cut, tmp_path / "out", detector_path, "--max-failed=100%") == 3
+    assert "1 shard damaged" in capsys.readouterr().err
+
+
+def test_nothing_scored_is_exit_status_3(spark, tmp_path, detector_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.tar").write_bytes(b"no tar" * 1000)
+    assert score(tmp_path / "in", tmp_path / "out", detector_path) == 3
+    assert "not one sample could be scored" in capsys.readouterr().err
 
 
 def test_overwrite_asks_and_starts_anew(spark, inputs, tmp_path, detector_path, capsys):
