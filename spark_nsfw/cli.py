@@ -29,8 +29,9 @@ _DEFAULT_MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done. 1: failed. 2: bad arguments. 3: ``score`` is done, but more samples than
-    ``--max-failed`` failed or a shard was set aside. 4: stopped.
+    0: done. 1: failed. 2: bad arguments. 3: ``score`` is done, but more samples failed than
+    ``--max-failed`` allows or with it a shard is damaged, or a shard was set aside, or nothing
+    could be scored. 4: stopped.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -54,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
         "and write Parquet metadata partitioned by shard. A run that was stopped continues "
         "where it was when it is started again.",
-        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples than "
-        "--max-failed failed or a shard was set aside; 4 stopped, the same command goes on.",
+        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples failed "
+        "than --max-failed allows (with it, any damaged shard counts, too), or a shard was set "
+        "aside, or nothing could be scored; 4 stopped, the same command goes on.",
     )
     _add_score_arguments(score)
     score.set_defaults(run=_score)
@@ -181,7 +183,8 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failed",
         type=_limit,
         metavar="N|P%",
-        help="exit with status 3 when more samples of the output failed, a number or a share",
+        help="exit with status 3 when more samples of the output failed, a number or a share, "
+        "or when a shard is damaged",
     )
     run.add_argument(
         "--watch",
@@ -377,6 +380,8 @@ def _limit(text: str) -> float | int:
 
 
 def _status_of(summary: Summary, max_failed: float | int | None) -> int:
+    from spark_nsfw.spark.summary import counted
+
     failed = summary.num_samples - summary.num_scored
     limit = max_failed * summary.num_samples if isinstance(max_failed, float) else max_failed
     if limit is not None and failed > limit:
@@ -386,12 +391,23 @@ def _status_of(summary: Summary, max_failed: float | int | None) -> int:
             file=sys.stderr,
         )
         return _TOO_MANY_FAILED
+    if limit is not None and summary.num_damaged_shards:
+        print(
+            f"spark-nsfw: {counted(summary.num_damaged_shards, 'shard')} damaged: how many samples "
+            "that has cost is not known, so no --max-failed allows it; see the rows with a status "
+            "that begins with shard_ or sidecar_",
+            file=sys.stderr,
+        )
+        return _TOO_MANY_FAILED
     if summary.num_crashed_shards:
         print(
             f"spark-nsfw: {summary.num_crashed_shards:,} shards were set aside: every worker that "
             "read them died; see the rows with status shard_crashed",
             file=sys.stderr,
         )
+        return _TOO_MANY_FAILED
+    if not summary.num_scored:
+        print("spark-nsfw: not one sample could be scored", file=sys.stderr)
         return _TOO_MANY_FAILED
     return 0
 

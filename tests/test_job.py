@@ -227,3 +227,46 @@ def test_spark_submit_and_the_command_line_give_the_same_rows(
     assert f"{len(core_rows) - 1} samples in 5 shards" in done.stdout
     assert "scores mean nothing" in done.stdout
     assert collected(spark.read.parquet(str(tmp_path / "out"))) == core_rows
+
+
+NUM_SLOTS = """
+import sys
+from pyspark.sql import SparkSession
+from spark_nsfw.spark.job import num_slots
+from spark_nsfw.spark.workers import device_kind
+
+builder = SparkSession.builder.master("local-cluster[2,2,1024]")
+for setting in sys.argv[1:]:
+    builder = builder.config(*setting.split("=", 1))
+spark = builder.getOrCreate()
+device_kind(spark, "cpu")
+print("slots:", num_slots(spark))
+"""
+
+
+@pytest.mark.parametrize(("gpus_per_task", "slots"), [("0.5", 4), ("1", 2)])
+def test_slots_are_as_many_as_cores_or_gpus_allow(tmp_path, gpus_per_task, slots):
+    import pyspark
+
+    script = tmp_path / "gpus.sh"
+    script.write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["0"]}'\n""")
+    script.chmod(0o755)
+    settings = [
+        "spark.ui.enabled=false",
+        "spark.executor.memory=1g",
+        "spark.scheduler.minRegisteredResourcesRatio=1",
+        "spark.worker.resource.gpu.amount=1",
+        f"spark.worker.resource.gpu.discoveryScript={script}",
+        "spark.executor.resource.gpu.amount=1",
+        f"spark.task.resource.gpu.amount={gpus_per_task}",
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYSPARK_GATEWAY")} | {
+        "SPARK_HOME": str(Path(pyspark.__file__).parent),
+        "PYSPARK_PYTHON": sys.executable,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", NUM_SLOTS, *settings],
+        env=environment, capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert f"slots: {slots}\n" in done.stdout

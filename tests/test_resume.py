@@ -7,8 +7,10 @@ import subprocess
 import threading
 import time
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import test_resume
 import torch
@@ -17,13 +19,13 @@ from pyspark import cloudpickle
 from test_job import arguments, run
 from test_spark import collected
 
-from spark_nsfw import ImageClassifier, TimmImageEmbedder
+from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.photographs import encode, write_photograph_shards, write_shard
-from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.waves import reason, write_apart
+from spark_nsfw.spark.job import JobOptions, delete_output, run_job
+from spark_nsfw.spark.waves import Crashes, reason, write_apart
 
 
 @pytest.fixture
@@ -121,6 +123,40 @@ def test_a_checkpoint_that_is_gone_or_damaged(
     assert rows_of(spark, output) == undisturbed
 
 
+def test_a_run_that_is_stopped_after_its_checkpoint_was_deleted(
+    spark, inputs, undisturbed, embedder, tmp_path
+):
+    output = tmp_path / "out"
+    run_reporting(spark, inputs, output, embedder, lambda _: None)
+    shutil.rmtree(output / "_spark_nsfw")
+    for _ in range(2):  # the second run has a checkpoint, which does not know of all shards
+        stop, lines = threading.Event(), []
+
+        def report(line, stop=stop, lines=lines):
+            lines.append(line)
+            stop.set()
+
+        with pytest.raises(JobStoppedError, match="stopped after 1 shards in this run"):
+            run_reporting(spark, inputs, output, embedder, report, stop)
+        assert len(lines) == 1
+        assert not (output / "_spark_nsfw" / "summary.json").exists()
+    again = []
+    run_reporting(spark, inputs, output, embedder, again.append)
+    assert len(again) == 2
+    assert rows_of(spark, output) == undisturbed
+
+
+def test_a_run_that_is_stopped_when_all_is_done_is_done(spark, inputs, embedder, tmp_path):
+    stop = threading.Event()
+
+    def report(line):
+        if line.startswith("wave 4"):
+            stop.set()
+
+    summary = run_reporting(spark, inputs, tmp_path / "out", embedder, report, stop)
+    assert summary.num_samples == 12
+
+
 def test_an_output_that_cannot_be_written(spark, inputs, embedder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match=r"/file/out cannot be written: .*irectory"):
@@ -157,6 +193,22 @@ class Poison(ImageClassifier):
             if (apart < 1e-6).any():
                 self._act()
             return apart
+
+        return score
+
+
+class Fault(ImageClassifier):
+    """Kills every worker as long as there is a certain file."""
+
+    def __init__(self, file):
+        super().__init__("fault")
+        self.file = file
+
+    def load_model(self, device):
+        def score(embeddings):
+            if self.file.exists():
+                os.abort()
+            return embeddings[:, 0]
 
         return score
 
@@ -220,9 +272,56 @@ def test_write_apart_finds_every_shard_that_kills_its_worker():
         return list(part)
 
     shards = list(range(11))
-    counts = write_apart(shards, write, lambda shard, error: [f"{shard} {error}"])
+    counts = write_apart(shards, write, Crashes(lambda shard, error: [f"{shard} {error}"]))
     said = "Python worker exited unexpectedly (crashed)"
     assert list(chain(*counts)) == [0, 1, 2, f"3 {said}", f"4 {said}", 5, 6, 7, 8, f"9 {said}", 10]
+
+
+def test_one_shard_that_lives_clears_the_cluster_and_convicts_the_others():
+    def write(part):
+        if {"a", "b", "d", "e"} & set(part):
+            raise RuntimeError("Python worker exited unexpectedly (crashed)")
+        return list(part)
+
+    set_aside = []
+    crashes = Crashes(lambda shard, _: set_aside.append(shard) or [shard])
+    for shard, convicted in [("a", ""), ("b", ""), ("c", "ab"), ("d", "abd"), ("e", "abde")]:
+        write_apart([shard], write, crashes)
+        assert set_aside == list(convicted)
+
+
+@pytest.mark.parametrize("shards_per_wave", [1, 6])
+def test_a_cluster_that_kills_every_worker_sets_no_shard_aside(
+    spark, inputs, embedder, tmp_path, shards_per_wave
+):
+    write_photograph_shards(inputs, num_shards=6, samples_per_shard=2)
+
+    fault = tmp_path / "fault"
+    fault.touch()
+    classifiers = [*embedder.classifiers, Fault(fault)]
+    faulty = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
+    output, options = tmp_path / "out", {"shards_per_wave": shards_per_wave}
+    cloudpickle.register_pickle_by_value(test_resume)
+    try:
+        with pytest.raises(
+            JobError, match=r"first 4 shards alone: .*spark.executor.memoryOverhead"
+        ):
+            run_reporting(spark, inputs, output, faulty, lambda _: None, **options)
+        assert rows_of(spark, output) == {}
+        fault.unlink()
+        run_reporting(spark, inputs, output, faulty, lambda _: None, **options)
+    finally:
+        cloudpickle.unregister_pickle_by_value(test_resume)
+    assert {status for status, *_ in rows_of(spark, output).values()} == {"ok"}
+    assert len(rows_of(spark, output)) == 12
+
+
+def test_a_few_shards_that_are_all_there_is_are_set_aside(spark, inputs, poisoned, tmp_path):
+    lines = []
+    summary = run_reporting(
+        spark, inputs / "00002.tar", tmp_path / "out", poisoned(os.abort), lines.append
+    )
+    assert (summary.num_crashed_shards, summary.num_samples) == (1, 0)
 
 
 def test_the_reason_is_one_line_of_a_stack_trace():
@@ -277,6 +376,58 @@ def test_watching_scores_shards_as_they_arrive(spark, inputs, undisturbed, embed
     assert rows_of(spark, tmp_path / "out") == undisturbed
 
 
+def test_watching_begins_with_what_somebody_deleted(spark, inputs, undisturbed, embedder, tmp_path):
+    output, stop, lines = tmp_path / "out", threading.Event(), []
+    run_reporting(spark, inputs, output, embedder, lambda _: None)
+    shutil.rmtree(output / "shard=00001")
+
+    def report(line):
+        lines.append(line)
+        stop.set()
+
+    run_reporting(spark, inputs, output, embedder, report, stop, watch=True, settle_seconds=0)
+    assert "3 images scored" in lines[0]
+    assert rows_of(spark, output) == undisturbed
+
+
+def test_a_watch_that_is_stopped_with_shards_left_says_so(spark, inputs, embedder, tmp_path):
+    stop, lines = threading.Event(), []
+
+    def report(line):
+        lines.append(line)
+        if line.startswith("wave 1"):
+            for number in (5, 6):
+                shutil.copyfile(inputs / "00001.tar", inputs / f"0000{number}.tar")
+        if line.startswith("wave 5"):
+            stop.set()
+
+    with pytest.raises(JobStoppedError, match="stopped after 5 shards"):
+        run_reporting(
+            spark, inputs, tmp_path / "out", embedder, report, stop, watch=True, settle_seconds=0
+        )
+    assert len(lines) == 5
+
+
+def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
+    spark, inputs, embedder, tmp_path
+):
+    (tmp_path / "empty").mkdir()
+    stop = threading.Event()
+    threading.Timer(2, stop.set).start()
+    with pytest.raises(JobStoppedError, match="stopped before there was a shard"):
+        run_reporting(
+            spark, tmp_path / "empty", tmp_path / "out", embedder, print, stop, watch=True
+        )
+    write_photograph_shards(tmp_path / "other", num_shards=1, samples_per_shard=2)
+    both = ShardInputs.parse([str(inputs), str(tmp_path / "other")])
+    stop = threading.Event()
+    threading.Timer(30, stop.set).start()
+    with pytest.raises(InputError, match="would both be shard '00000'"):
+        run_job(
+            spark, both, str(tmp_path / "out"), embedder, options=JobOptions(watch=True), stop=stop
+        )
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 120
     while not condition():
@@ -300,13 +451,31 @@ def test_progress_and_summary_for_machines(spark, shards, tmp_path, detector_pat
     assert summary["num_samples"] - summary["num_by_status"]["ok"] == records[-1]["num_failed"] == 7
 
 
-@pytest.mark.parametrize(("limit", "status"), [("7", 0), ("6", 3), ("50%", 0), ("1%", 3)])
+@pytest.mark.parametrize(("limit", "status"), [("6", 0), ("5", 3), ("50%", 0), ("1%", 3)])
 def test_failed_samples_above_the_limit_are_exit_status_3(
     spark, shards, tmp_path_factory, detector_path, capsys, limit, status
 ):
     output = tmp_path_factory.getbasetemp() / "limited"  # the first case scores, the rest look
-    assert score(shards, output, detector_path, f"--max-failed={limit}") == status
+    whole = shards / "{00000.tar,00001.tar,odd}"
+    assert score(whole, output, detector_path, f"--max-failed={limit}") == status
     assert ("more than --max-failed" in capsys.readouterr().err) == (status == 3)
+
+
+def test_a_damaged_shard_is_exit_status_3_with_a_limit(
+    spark, shards, tmp_path, detector_path, capsys
+):
+    cut = shards / "0000[23].tar"
+    assert score(cut, tmp_path / "out", detector_path) == 0
+    assert score(cut, tmp_path / "out", detector_path, "--max-failed=100%") == 3
+    assert "1 shard damaged" in capsys.readouterr().err
+
+
+def test_nothing_scored_is_exit_status_3(spark, tmp_path, detector_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / "in" / f"{number}.tar").write_bytes(b"no tar" * 1000)
+    assert score(tmp_path / "in", tmp_path / "out", detector_path) == 3
+    assert "not one sample could be scored" in capsys.readouterr().err
 
 
 def test_overwrite_asks_and_starts_anew(spark, inputs, tmp_path, detector_path, capsys):
@@ -320,6 +489,52 @@ def test_overwrite_asks_and_starts_anew(spark, inputs, tmp_path, detector_path, 
     note = json.loads(spark.read.parquet(str(output)).schema["nsfw_score"].metadata["spark_nsfw"])
     assert "decode=exact" in note["embedder"]["preprocessing"]
     assert spark.read.parquet(str(output)).count() == 12
+
+
+def test_overwrite_finds_a_relative_output(inputs, tmp_path, detector_path, spark, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Spark's JVM does not stand
+    assert score(inputs, "out", detector_path) == 0
+    assert score(inputs, "out", detector_path, "--decode=exact", "--overwrite", "--yes") == 0
+    assert spark.read.parquet(str(tmp_path / "out")).count() == 12
+
+
+def test_overwrite_names_mounted_outputs_as_spark_does(spark, monkeypatch):
+    asked = []
+
+    def filesystem(_, url):
+        asked.append(url)
+        return SimpleNamespace(exists=lambda _: False), url
+
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
+    monkeypatch.setattr("spark_nsfw.spark.job.hadoop_filesystem", filesystem)
+    delete_output(spark, "/dbfs/metadata/out")
+    assert asked == ["dbfs:/metadata/out"]
+
+
+def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detector_path, capsys):
+    output, option = tmp_path / "out", "mapreduce.fileoutputcommitter.marksuccessfuljobs"
+    spark.conf.set(option, "false")
+    try:
+        assert score(inputs, output, detector_path) == 0
+        assert not list(output.rglob("_SUCCESS"))
+        assert score(inputs, output, detector_path, "--decode=exact") == 1
+        assert "was made in another way" in capsys.readouterr().err
+        assert score(inputs, output, detector_path, "--decode=exact", "--overwrite", "--yes") == 0
+    finally:
+        spark.conf.unset(option)
+
+
+def test_what_a_killed_driver_was_writing_is_deleted(
+    spark, inputs, undisturbed, embedder, tmp_path
+):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "0000[01].tar"), output, embedder)
+    staging = output / ".spark-staging-0f2a" / "shard=00002"
+    shutil.copytree(output / "shard=00001", staging)
+    run(spark, str(inputs), output, embedder)
+    assert sum(pq.read_metadata(file).num_rows for file in output.rglob("*.parquet")) == 12
+    assert not staging.parent.exists()
+    assert rows_of(spark, output) == undisturbed
 
 
 def test_overwrite_deletes_nothing_but_an_output(spark, inputs, tmp_path, detector_path):
@@ -338,6 +553,59 @@ def test_changes_are_mixed_only_when_told(spark, inputs, embedder, tmp_path):
     assert (summary.num_samples, summary.num_new_images) == (12, 6)
     with pytest.raises(JobError, match="keep_embeddings was true, is now false"):
         run(spark, str(inputs), output, embedder, allow_changes=True, keep_embeddings=False)
+
+
+def test_another_dataset_into_the_same_output_is_refused(spark, inputs, embedder, tmp_path):
+    output, other = tmp_path / "out", tmp_path / "other"
+    run(spark, str(inputs / "0000[01].tar"), output, embedder)
+    rows = rows_of(spark, output)
+    write_photograph_shards(other, num_shards=1, samples_per_shard=2, seed=5)  # it has a 00000
+    for changed in (str(other), str(tmp_path)):
+        for allow_changes in (False, True):
+            with pytest.raises(
+                JobError, match=r"inputs\.roots.* was .*/in/.*, is now .*"
+            ) as refused:
+                run(spark, changed, output, embedder, allow_changes=allow_changes)
+            assert "Give another output, or --overwrite to start anew" in str(refused.value)
+            assert "--allow-changes" not in str(refused.value)
+    assert rows_of(spark, output) == rows
+    run(spark, f"file:{inputs}/", output, embedder)  # the same root by another name
+    assert len(rows_of(spark, output)) == 12
+
+
+def test_an_output_from_before_inputs_were_noted_goes_on(spark, inputs, embedder, tmp_path):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "00000.tar"), output, embedder)
+    (schema,) = (output / "shard=__schema__").glob("*.parquet")
+    table = pq.read_table(schema, partitioning=None)
+    key = b"org.apache.spark.sql.parquet.row.metadata"
+    spark_schema = json.loads(table.schema.metadata[key])
+    for field in spark_schema["fields"]:
+        if "spark_nsfw" in field["metadata"]:
+            note = json.loads(field["metadata"]["spark_nsfw"])
+            del note["inputs"]
+            field["metadata"]["spark_nsfw"] = json.dumps(note)
+    changed = table.schema.metadata | {key: json.dumps(spark_schema)}
+    pq.write_table(table.replace_schema_metadata(changed), schema)
+    schema.with_name(f".{schema.name}.crc").unlink()
+    run(spark, str(inputs), output, embedder)
+    assert len(rows_of(spark, output)) == 12
+
+
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_result_columns_are_never_mixed(
+    spark, inputs, embedder, aesthetic_path, tmp_path, allow_changes
+):
+    output = tmp_path / "out"
+    run(spark, str(inputs / "00000.tar"), output, embedder)
+    aesthetic = AestheticClassifier(model_path=aesthetic_path)
+    more = TimmImageEmbedder(
+        "test_vit2", embedding_size=768, classifiers=[*embedder.classifiers, aesthetic]
+    )
+    named = r'result_columns was \["image_embedding", "nsfw_score"\], is now \["aesthetic_score"'
+    with pytest.raises(JobError, match=named):
+        run(spark, str(inputs), output, more, allow_changes=allow_changes)
+    assert len(rows_of(spark, output)) == 3
 
 
 def test_a_missing_number_of_shards_is_refused(spark, inputs, embedder, tmp_path):

@@ -28,7 +28,7 @@ from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError, JobStoppedError, SparkNsfwError
 from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import provenance, refuse_another_note
+from spark_nsfw.provenance import PROVENANCE, provenance, refuse_another_note
 from spark_nsfw.samples import SampleOptions
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
 from spark_nsfw.spark.progress import Progress, ProgressStyle
@@ -41,11 +41,12 @@ from spark_nsfw.spark.reader import (
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import arrow_fields
 from spark_nsfw.spark.udf import score_samples, score_shards, settled
-from spark_nsfw.spark.waves import reason, write_apart
+from spark_nsfw.spark.waves import Crashes, reason, write_apart
 from spark_nsfw.spark.workers import device_kind
 from spark_nsfw.spark.writer import (
     SCHEMA_PARTITION,
     count_statuses,
+    delete_staging,
     hadoop_filesystem,
     partition_values,
     read_provenance,
@@ -54,7 +55,7 @@ from spark_nsfw.spark.writer import (
     write_metadata,
     write_schema,
 )
-from spark_nsfw.storage import absolute, hadoop_path, last_change, write_text
+from spark_nsfw.storage import absolute, hadoop_path, last_change, list_files, write_text
 
 __all__ = ["JobOptions", "run_job"]
 
@@ -71,6 +72,15 @@ _MIN_SHARDS_PER_WAVE = 256
 #: Tasks that a slot gets in a wave, so that slow shards do not queue behind each other.
 _TASKS_PER_SLOT = 8
 
+#: With ``watch``, once all is done that was there in the beginning.
+_WATCH_TRIGGER = {"processingTime": "5 seconds"}
+
+#: What of the note has to stay as it is, whatever is allowed to change.
+_NEVER_MIXED = ("rows", "inputs")
+
+#: Tasks that list the shards of a wave, at least.
+_MIN_LISTING_TASKS = 32
+
 #: Seconds between two looks at whether to stop.
 _STOP_POLL_SECONDS = 1
 
@@ -82,16 +92,35 @@ def _settings(spark: SparkSession) -> dict[str, str]:
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
         "spark.sql.files.minPartitionNum": str(_TASKS_PER_SLOT * slots),
         # By default Spark looks up every shard of a wave in a task of its own.
-        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(slots),
+        "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(
+            max(_MIN_LISTING_TASKS, slots)
+        ),
         # A shard that vanishes would fail its wave; it gets its row in the end.
         "spark.sql.files.ignoreMissingFiles": "true",
     }
 
 
 def num_slots(spark: SparkSession) -> int:
-    """Tasks that run at a time."""
-    cores_per_task = int(spark.conf.get("spark.task.cpus", "1") or 1)
-    return max(1, spark.sparkContext.defaultParallelism // cores_per_task)
+    """Tasks that run at a time: what the cores allow, or the GPUs if those are fewer.
+
+    Counts executors that have registered; with dynamic allocation there may be more later.
+    """
+    context, conf = spark.sparkContext, spark.sparkContext.getConf()
+    slots = context.defaultParallelism // int(conf.get("spark.task.cpus", "1"))
+    gpus = int(conf.get("spark.executor.resource.gpu.amount", "0"))
+    per_task = float(conf.get("spark.task.resource.gpu.amount", "0"))
+    if gpus and per_task:
+        # Tasks may share a GPU; none has parts of two.
+        per_executor = gpus * int(1 / per_task) if per_task < 1 else int(gpus / per_task)
+        slots = min(slots, max(1, num_executors(spark)) * per_executor)
+    return max(1, slots)
+
+
+def num_executors(spark: SparkSession) -> int:
+    """Executors that have registered, or as many as were asked for if those are more."""
+    context: Any = spark.sparkContext
+    registered = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1  # and the driver
+    return max(registered, int(context.getConf().get("spark.executor.instances", "0")))
 
 
 @dataclass(frozen=True)
@@ -165,7 +194,8 @@ def run_job(
 
     Raises:
         InputError: nothing to read, or arguments that cannot work.
-        JobError: the output was made with other weights or columns, or Spark failed.
+        JobError: the output was made with other weights or columns, or from inputs of
+            another root, or Spark failed.
         JobStoppedError: ``stop`` was set before all shards were done.
     """
     if not hasattr(spark, "_jsparkSession"):
@@ -181,12 +211,17 @@ def run_job(
     if options.shards_per_wave is not None and options.shards_per_wave < 1:
         raise InputError("shards_per_wave is at least 1")
     output = absolute(hadoop_path(output))
+    # A task has run after this: at least one executor is there to count slots by.
+    embedder = embedder.with_precision_of(device_kind(spark, options.device))
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)
-        embedder = embedder.with_precision_of(device_kind(spark, options.device))
         chosen = settled(embedder, classifiers)
-        note = provenance(embedder, chosen) | {"rows": options.describe()}
+        note = provenance(embedder, chosen) | {
+            "rows": options.describe(),
+            "inputs": {"filesystem": inputs.filesystem, "roots": list(inputs.roots)},
+        }
 
+        delete_staging(output)
         existing = _existing_schema(spark, output)
         path_of_shard = {inputs.shard_name(path): path for path in shards}
         if existing is None:
@@ -194,7 +229,10 @@ def run_job(
                 spark, shards, options.samples.id_col, options.columns, options.samples.captions
             )
         else:
-            _refuse_another_note(output, read_provenance(existing) or {}, note, options)
+            results = _result_columns(embedder, chosen)
+            if not options.keep_embeddings:
+                results.remove(embedder.image_embedding_column)
+            _refuse_another_output(output, existing, results, note, options.allow_changes)
             passthrough = _passthrough_of(existing, options, embedder, chosen)
         job = _Job(
             spark, inputs, output, embedder, chosen, note,
@@ -206,8 +244,10 @@ def run_job(
             job.begin_output()
         job.progress.watch(spark.sparkContext)
         try:
-            job.run_stream()
+            job.run_stream({"availableNow": True})
             job.read_rowless_shards()
+            if options.watch:
+                job.run_stream(_WATCH_TRIGGER)
         finally:
             job.progress.finish()
         if not job.progress.num_waves:
@@ -227,13 +267,20 @@ def run_job(
 def _first_shards(
     spark: SparkSession, inputs: ShardInputs, options: JobOptions, stop: threading.Event
 ) -> list[str]:
-    """The shards that are there; with ``watch``, as soon as there is one."""
+    """The shards that are there; with ``watch``, as soon as there is one.
+
+    Raises:
+        InputError: there are none, or inputs that cannot work.
+        JobStoppedError: stopped before there was one.
+    """
     while True:
         try:
             return list_shards(spark, inputs)
-        except InputError:
-            if not options.watch or stop.wait(_STOP_POLL_SECONDS):
+        except InputError as exc:
+            if not options.watch or "has no shard" not in str(exc):
                 raise
+            if stop.wait(_STOP_POLL_SECONDS):
+                raise JobStoppedError("stopped before there was a shard") from exc
 
 
 @dataclass
@@ -251,6 +298,10 @@ class _Job:
     progress: Progress
     path_of_shard: dict[str, str]
 
+    def __post_init__(self) -> None:
+        self.crashes = Crashes(self._set_aside)
+        self.in_wave = False
+
     def begin_output(self) -> None:
         """Write the partition without rows.
 
@@ -262,8 +313,11 @@ class _Job:
         except (PySparkException, Py4JJavaError) as exc:
             raise JobError(f"{self.output} cannot be written: {reason(exc)}") from exc
 
-    def run_stream(self) -> None:
+    def run_stream(self, trigger: dict[str, Any]) -> None:
         """Write every shard that has not been written yet, wave by wave.
+
+        Args:
+            trigger: of Spark's; the stream ends by itself, or else when it is stopped.
 
         Raises:
             JobError: a wave failed.
@@ -293,20 +347,23 @@ class _Job:
             .select("path")
         )
         writer = stream.writeStream.foreachBatch(write_wave)
-        trigger: dict[str, Any] = (
-            {"processingTime": "5 seconds"} if self.options.watch else {"availableNow": True}
-        )
         writer = writer.option("checkpointLocation", checkpoint).trigger(**trigger)
-        query = None
+        query, stopped = None, False
         try:
             query = writer.start()
             while not query.awaitTermination(_STOP_POLL_SECONDS):
-                if self.stop.is_set():
+                if not self.stop.is_set():
+                    continue
+                if self.in_wave:
+                    stopped = True
+                    break
+                if trigger == _WATCH_TRIGGER:
+                    query.processAllAvailable()  # returns if no shard is left, or fails at its wave
                     break
         except (PySparkException, Py4JJavaError) as exc:
             cause = failures[0] if failures else exc
             if self.stop.is_set():
-                pass  # it stopped in the middle of a wave
+                stopped = True
             elif isinstance(cause, SparkNsfwError):
                 raise cause from exc
             elif failures:
@@ -321,27 +378,42 @@ class _Job:
         finally:
             if query is not None:
                 query.stop()
-        if self.stop.is_set() and self.progress.done < self.progress.shards:
+        if stopped:
             raise JobStoppedError(
                 f"stopped after {self.progress.num_new_shards:,} shards in this run; "
                 "the same command goes on from there"
             )
 
     def read_rowless_shards(self) -> None:
-        """Read shards again that were listed and have no rows: empty ones, or vanished ones."""
-        if self.stop.is_set():
-            return
+        """Read shards again that were listed and have no rows: empty ones, or vanished ones.
+
+        Raises:
+            JobError: they cannot be written.
+            JobStoppedError: the run was stopped, and there are some.
+        """
+        self.crashes.blame_shards()  # there are no others by which to tell
         metadata = self.spark.read.parquet(self.output)
         written = {row[SHARD] for row in metadata.select(SHARD).distinct().collect()}
         rowless = [path for name, path in self.path_of_shard.items() if name not in written]
-        if rowless:
-            num_by_status = self._write(rowless)
-            if num_by_status:
-                self.progress.add([*map(self.inputs.shard_name, rowless)], num_by_status)
+        if not rowless:
+            return
+        if self.stop.is_set():
+            raise JobStoppedError("stopped before all shards were done; the same command goes on")
+        try:
+            counts = write_apart(rowless, self._write, self.crashes)
+            counts += self.crashes.blame_shards()
+        except (PySparkException, Py4JJavaError) as exc:
+            raise JobError(
+                f"shards without rows could not be read, run again to resume: {reason(exc)}"
+            ) from exc
+        num_by_status = sum(counts, Counter())
+        if num_by_status:
+            self.progress.add([*map(self.inputs.shard_name, rowless)], num_by_status)
 
     def _write_wave(self, shards: DataFrame) -> None:
         if self.stop.is_set():
             raise JobStoppedError("stopped before a wave")
+        self.in_wave = True
         paths = [row["path"] for row in shards.collect()]
         self._remember(paths)
         if self.options.watch:
@@ -349,8 +421,9 @@ class _Job:
         counts = write_apart(
             paths,
             lambda part: self._write(part, shards if len(part) == len(paths) else None),
-            self._set_aside,
+            self.crashes,
         )
+        self.in_wave = False
         self.progress.add([*map(self.inputs.shard_name, paths)], sum(counts, Counter()))
 
     def _remember(self, paths: Sequence[str]) -> None:
@@ -426,24 +499,41 @@ def _passthrough_of(
     return tuple(field for field in arrow_fields(existing) if field.name not in ours)
 
 
-def _refuse_another_note(
-    output: str, before: dict[str, Any], now: dict[str, Any], options: JobOptions
+def _refuse_another_output(
+    output: str,
+    existing: StructType,
+    results: Sequence[str],
+    now: dict[str, Any],
+    allow_changes: bool,
 ) -> None:
-    """Refuse to mix rows that were made in different ways, unless told; columns never mix."""
-    if options.allow_changes:
-        before, now = {"rows": before.get("rows")}, {"rows": now.get("rows")}
-        refuse_another_note(output, before, now, "or --overwrite to start anew")
-    else:
+    """Refuse to mix rows that were made in different ways, unless told.
+
+    Columns never mix. Nor do inputs of different roots: shards are named below their root, so
+    that one dataset's would replace another's, or the same shard come back under another name.
+    """
+    before = read_provenance(existing) or {}
+    before.setdefault("inputs", now["inputs"])  # notes of older outputs do not have them
+    columns = [field.name for field in existing if PROVENANCE in (field.metadata or {})]
+    refuse_another_note(
+        output,
+        {name: before.get(name) for name in _NEVER_MIXED} | {"result_columns": sorted(columns)},
+        {name: now[name] for name in _NEVER_MIXED} | {"result_columns": sorted(results)},
+        "or --overwrite to start anew",
+    )
+    if not allow_changes:
         remedy = "or --overwrite to start anew, or --allow-changes to mix both"
         refuse_another_note(output, before, now, remedy)
 
 
 def _existing_schema(spark: SparkSession, output: str) -> StructType | None:
-    """The columns of an output that an earlier run has begun, or None."""
-    schema_partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
-    filesystem, path = hadoop_filesystem(spark, f"{schema_partition}/_SUCCESS")
+    """The columns of an output that an earlier run has begun, or None.
+
+    A committed file tells; not every committer leaves a ``_SUCCESS``.
+    """
+    partition = f"{output.rstrip('/')}/{SHARD}={SCHEMA_PARTITION}"
+    begun = any(name.endswith(".parquet") for name in list_files(partition)[1])
     # Spark itself logs a stack trace for a path that is not there.
-    return spark.read.parquet(schema_partition).schema if filesystem.exists(path) else None
+    return spark.read.parquet(partition).schema if begun else None
 
 
 def delete_output(spark: SparkSession, output: str) -> None:
@@ -452,9 +542,10 @@ def delete_output(spark: SparkSession, output: str) -> None:
     Raises:
         InputError: it is no output of this job.
     """
+    output = absolute(hadoop_path(output))
     filesystem, path = hadoop_filesystem(spark, output)
     if not filesystem.exists(path):
         return
-    if _existing_schema(spark, output) is None:
+    if SCHEMA_PARTITION not in partition_values(output):
         raise InputError(f"{output} is no output of spark-nsfw, and is not deleted")
     filesystem.delete(path, True)

@@ -18,6 +18,7 @@ from spark_nsfw.storage import resolve
 
 __all__ = [
     "count_statuses",
+    "delete_staging",
     "hadoop_filesystem",
     "partition_values",
     "read_provenance",
@@ -111,6 +112,18 @@ def partition_values(output: str) -> list[str]:
     prefix = f"{SHARD}="
     names = (entry.base_name for entry in entries)
     return [unquote(name[len(prefix) :]) for name in names if name.startswith(prefix)]
+
+
+def delete_staging(output: str) -> None:
+    """Delete what a killed driver left of a write that was under way.
+
+    Readers that take every Parquet file below the output would count its rows twice. Nobody
+    may be writing to the output meanwhile.
+    """
+    filesystem, path = resolve(output)
+    for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        if entry.base_name.startswith(".spark-staging-"):
+            filesystem.delete_dir(entry.path)
 
 
 def hadoop_filesystem(spark: SparkSession, url: str) -> tuple[Any, Any]:
