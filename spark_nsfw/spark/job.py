@@ -212,7 +212,9 @@ def run_job(
         raise InputError("shards_per_wave is at least 1")
     output = absolute(hadoop_path(output))
     # A task has run after this: at least one executor is there to count slots by.
-    embedder = embedder.with_precision_of(device_kind(spark, options.device))
+    kind = device_kind(spark, options.device)
+    embedder = embedder.with_precision_of(kind)
+    options = replace(options, device=options.device or kind)  # none falls back to a CPU
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)
         chosen = settled(embedder, classifiers)
