@@ -20,6 +20,7 @@ from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.inputs import ShardInputs
 from spark_nsfw.photographs import write_photograph_shards
 from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.writer import write_metadata
 
 PLANS = ["dataframe", "fused"]
 
@@ -191,6 +192,17 @@ def test_columns_of_the_dataset_and_captions_are_kept(spark, tmp_path, shards, e
     ]  # fmt: skip
     assert frame["width"].between(400, 600).all()
     assert len(frame) == 33
+
+
+def test_tasks_move_their_own_files(spark, tmp_path):
+    rows = spark.createDataFrame([("00000", "a")], "shard string, key string")
+    option = "mapreduce.fileoutputcommitter.algorithm.version"
+    spark.conf.set(option, "3")  # there is none such: what the write sets itself has to be in force
+    try:
+        write_metadata(rows, str(tmp_path / "out"))
+    finally:
+        spark.conf.unset(option)
+    assert spark.read.parquet(str(tmp_path / "out")).count() == 1
 
 
 @pytest.mark.parametrize("bad", [{"plan": "magic"}, {"shards_per_wave": 0}])

@@ -75,6 +75,9 @@ def write_metadata(metadata: DataFrame, output: str) -> None:
             metadata.write.mode("overwrite")
             .option("partitionOverwriteMode", "dynamic")
             .option("compression", "zstd")
+            # Files are moved into the staging directory as tasks end, side by side, not by the
+            # driver one after the other: nobody reads them there before all are whole.
+            .option("mapreduce.fileoutputcommitter.algorithm.version", "2")
             .partitionBy(SHARD)
             .parquet(output)
         )
