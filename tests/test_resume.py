@@ -385,7 +385,10 @@ def test_watching_begins_with_what_somebody_deleted(spark, inputs, undisturbed, 
         lines.append(line)
         stop.set()
 
+    timer = threading.Timer(60, stop.set)  # no line would come, if nothing was done
+    timer.start()
     run_reporting(spark, inputs, output, embedder, report, stop, watch=True, settle_seconds=0)
+    timer.cancel()
     assert "3 images scored" in lines[0]
     assert rows_of(spark, output) == undisturbed
 
@@ -421,11 +424,13 @@ def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
     write_photograph_shards(tmp_path / "other", num_shards=1, samples_per_shard=2)
     both = ShardInputs.parse([str(inputs), str(tmp_path / "other")])
     stop = threading.Event()
-    threading.Timer(30, stop.set).start()
+    timer = threading.Timer(30, stop.set)
+    timer.start()
     with pytest.raises(InputError, match="would both be shard '00000'"):
         run_job(
             spark, both, str(tmp_path / "out"), embedder, options=JobOptions(watch=True), stop=stop
         )
+    timer.cancel()
 
 
 def wait_for(condition):
