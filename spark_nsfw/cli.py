@@ -29,9 +29,9 @@ _DEFAULT_MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done. 1: failed. 2: bad arguments. 3: ``score`` is done, but more samples failed than
-    ``--max-failed`` allows or with it a shard is damaged, or a shard was set aside, or nothing
-    could be scored. 4: stopped.
+    0: done. 1: failed. 2: bad arguments. 3: ``score`` is done, but more samples and shards
+    failed than ``--max-failed`` allows, or a shard was set aside, or nothing could be scored.
+    4: stopped.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
         "and write Parquet metadata partitioned by shard. A run that was stopped continues "
         "where it was when it is started again.",
-        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples failed "
-        "than --max-failed allows (with it, any damaged shard counts, too), or a shard was set "
-        "aside, or nothing could be scored; 4 stopped, the same command goes on.",
+        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples and "
+        "shards failed than --max-failed allows, or a shard was set aside, or nothing could be "
+        "scored; 4 stopped, the same command goes on.",
     )
     _add_score_arguments(score)
     score.set_defaults(run=_score)
@@ -183,8 +183,8 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failed",
         type=_limit,
         metavar="N|P%",
-        help="exit with status 3 when more samples of the output failed, a number or a share, "
-        "or when a shard is damaged",
+        help="exit with status 3 when more samples of the output failed, a number or a share; "
+        "a damaged shard counts as one",
     )
     run.add_argument(
         "--watch",
@@ -383,19 +383,12 @@ def _status_of(summary: Summary, max_failed: float | int | None) -> int:
     from spark_nsfw.spark.summary import counted
 
     failed = summary.num_samples - summary.num_scored
+    damaged = summary.num_damaged_shards
     limit = max_failed * summary.num_samples if isinstance(max_failed, float) else max_failed
-    if limit is not None and failed > limit:
+    if limit is not None and failed + damaged > limit:
         print(
-            f"spark-nsfw: {failed:,} of {summary.num_samples:,} samples failed, "
-            f"more than --max-failed",
-            file=sys.stderr,
-        )
-        return _TOO_MANY_FAILED
-    if limit is not None and summary.num_damaged_shards:
-        print(
-            f"spark-nsfw: {counted(summary.num_damaged_shards, 'shard')} damaged: how many samples "
-            "that has cost is not known, so no --max-failed allows it; see the rows with a status "
-            "that begins with shard_ or sidecar_",
+            f"spark-nsfw: {failed:,} of {summary.num_samples:,} samples and "
+            f"{counted(damaged, 'shard')} failed, more than --max-failed",
             file=sys.stderr,
         )
         return _TOO_MANY_FAILED

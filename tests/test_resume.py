@@ -466,13 +466,11 @@ def test_failed_samples_above_the_limit_are_exit_status_3(
     assert ("more than --max-failed" in capsys.readouterr().err) == (status == 3)
 
 
-def test_a_damaged_shard_is_exit_status_3_with_a_limit(
-    spark, shards, tmp_path, detector_path, capsys
-):
-    cut = shards / "0000[23].tar"
-    assert score(cut, tmp_path / "out", detector_path) == 0
-    assert score(cut, tmp_path / "out", detector_path, "--max-failed=100%") == 3
-    assert "1 shard damaged" in capsys.readouterr().err
+def test_a_damaged_shard_counts_as_a_failure(spark, shards, tmp_path, detector_path, capsys):
+    cut = shards / "0000[23].tar"  # one sample is cut off, and so its shard
+    assert score(cut, tmp_path / "out", detector_path, "--max-failed=2") == 0
+    assert score(cut, tmp_path / "out", detector_path, "--max-failed=1") == 3
+    assert "samples and 1 shard failed" in capsys.readouterr().err
 
 
 def test_nothing_scored_is_exit_status_3(spark, tmp_path, detector_path, capsys):
