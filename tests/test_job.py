@@ -275,7 +275,10 @@ def test_slots_are_as_many_as_cores_or_gpus_allow(tmp_path, gpus_per_task, slots
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYSPARK_GATEWAY")} | {
         "SPARK_HOME": str(Path(pyspark.__file__).parent),
         "PYSPARK_PYTHON": sys.executable,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        # the Spark that this test runs on, which may not be the environment's own
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(pyspark.__file__).parents[1]), str(Path(__file__).parents[1])]
+        ),
     }
     done = subprocess.run(
         [sys.executable, "-c", NUM_SLOTS, *settings],
