@@ -102,7 +102,7 @@ class TimmImageEmbedder:
             ``autocast`` says.
         embedding_size: width D of the tower's projection; None takes the model's own.
         decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit; ``fast`` takes
-            less than half the time and moves scores less than float16 does
+            half the time for JPEG and moves scores less than float16 does
             (docs/fidelity.md).
         models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from
             which ``pretrained`` takes the weights instead of the hub.
