@@ -8,7 +8,7 @@ TESTS ?=
 .PHONY: demo test test-rapids test-spark35 test-spark40 lint bench clean
 
 demo: $(VENV)/.ready
-	$(RUN)python jobs/demo.py demo
+	$(RUN)python -m examples.demo demo
 
 test: $(VENV)/.ready
 	$(RUN)python -m pytest

@@ -22,11 +22,11 @@ import simplejpeg
 import torch
 
 from benchmarks.table import report
+from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
-from spark_nsfw.embedders import CPU_BLOCK_IMAGES
-from spark_nsfw.photographs import write_photograph_shards
-from spark_nsfw.pixels import decode_image
-from spark_nsfw.shards import iter_samples
+from spark_nsfw.read.tar import iter_samples
+from spark_nsfw.score.embedder import CPU_BLOCK_IMAGES
+from spark_nsfw.score.pixels import decode_image
 
 ROUNDS = 3
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.table import report
-from spark_nsfw.export import ExportOptions, OutputShard, Piece, write_output_shard
-from spark_nsfw.photographs import write_shard
+from examples.photographs import write_shard
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, write_output_shard
 
 
 def export(folder: Path, rows: int, options: ExportOptions) -> int:

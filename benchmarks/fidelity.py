@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.table import report
+from examples.photographs import encode, photographs
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
-from spark_nsfw.laion import DETECTORS
-from spark_nsfw.photographs import encode, photographs
-from spark_nsfw.pixels import decode_image
+from spark_nsfw.score.laion import DETECTORS
+from spark_nsfw.score.pixels import decode_image
 
 
 def images_for_it(count: int) -> list[bytes]:

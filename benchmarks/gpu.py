@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.table import report
+from examples.photographs import encode, photographs, write_shard
 from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
-from spark_nsfw.photographs import encode, photographs, write_shard
 
 MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 #: 81.08 GMACs an image, of MODEL (timm's benchmark tables); other towers have no share.

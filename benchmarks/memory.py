@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import report
-from spark_nsfw.photographs import encode, photographs, write_shard
+from examples.photographs import encode, photographs, write_shard
 
 LENGTHS = (200, 1000, 4000)
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from benchmarks.table import report
-from spark_nsfw.photographs import encode, photographs
-from spark_nsfw.pixels import center_crop_box, decode_image, resized_size
+from examples.photographs import encode, photographs
+from spark_nsfw.score.pixels import center_crop_box, decode_image, resized_size
 
 ROUNDS = 5
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.table import report
+from examples.photographs import write_photograph_shards
 from spark_nsfw import (
     NsfwClassifier,
     SampleOptions,
@@ -33,8 +34,7 @@ from spark_nsfw import (
     read_webdataset,
     score_samples,
 )
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import write_photograph_shards
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.reader import shard_paths
 from spark_nsfw.spark.udf import score_shards
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from benchmarks.table import report
+from examples.photographs import encode, photographs, write_shard
 from spark_nsfw import TimmImageEmbedder
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import encode, photographs, write_shard
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.spark.session import active_or_local_session

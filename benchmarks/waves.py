@@ -18,9 +18,9 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from benchmarks.table import report
+from examples.photographs import encode, photographs, write_shard
 from spark_nsfw import TimmImageEmbedder
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import encode, photographs, write_shard
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, num_slots, run_job
 
 

@@ -38,7 +38,7 @@ tower = "vit_large_patch14_clip_quickgelu_224.openai"
 
 from pathlib import Path
 
-from spark_nsfw.models import fetch_models
+from spark_nsfw.score.staging import fetch_models
 
 if not Path(models, "SHA256SUMS").exists():
     fetch_models(models, [tower])

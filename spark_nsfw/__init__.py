@@ -10,29 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark_nsfw.classifiers import AestheticClassifier, ImageClassifier, NsfwClassifier
     from spark_nsfw.dataset import ImageTextPairDataset
-    from spark_nsfw.embedders import TimmImageEmbedder
     from spark_nsfw.errors import SparkNsfwError
-    from spark_nsfw.samples import SampleOptions, iter_sample_batches, iter_sample_rows
+    from spark_nsfw.read.shards import SampleOptions, iter_sample_batches, iter_sample_rows
     from spark_nsfw.schema import Status
-    from spark_nsfw.scorer import Scorer
+    from spark_nsfw.score.classifier import AestheticClassifier, ImageClassifier, NsfwClassifier
+    from spark_nsfw.score.embedder import TimmImageEmbedder
+    from spark_nsfw.score.scorer import Scorer
     from spark_nsfw.spark.datasource import register_webdataset
     from spark_nsfw.spark.reader import read_webdataset
     from spark_nsfw.spark.udf import nsfw_udf, score_samples
 
 _MODULES = {
-    "AestheticClassifier": "classifiers",
-    "ImageClassifier": "classifiers",
+    "AestheticClassifier": "score.classifier",
+    "ImageClassifier": "score.classifier",
     "ImageTextPairDataset": "dataset",
-    "NsfwClassifier": "classifiers",
-    "SampleOptions": "samples",
-    "Scorer": "scorer",
+    "NsfwClassifier": "score.classifier",
+    "SampleOptions": "read.shards",
+    "Scorer": "score.scorer",
     "SparkNsfwError": "errors",
     "Status": "schema",
-    "TimmImageEmbedder": "embedders",
-    "iter_sample_batches": "samples",
-    "iter_sample_rows": "samples",
+    "TimmImageEmbedder": "score.embedder",
+    "iter_sample_batches": "read.shards",
+    "iter_sample_rows": "read.shards",
     "nsfw_udf": "spark.udf",
     "read_webdataset": "spark.reader",
     "register_webdataset": "spark.datasource",

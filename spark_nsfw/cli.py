@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
 
 if TYPE_CHECKING:
-    from spark_nsfw.classifiers import ImageClassifier
+    from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.spark.summary import Summary
 
 __all__ = ["main"]
@@ -262,7 +262,7 @@ def _add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
-    from spark_nsfw.classifiers import AestheticClassifier, NsfwClassifier
+    from spark_nsfw.score.classifier import AestheticClassifier, NsfwClassifier
 
     classifiers: list[ImageClassifier] = [
         NsfwClassifier(
@@ -280,9 +280,9 @@ def _classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
 
 def _score(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` does not wait for torch and Spark.
-    from spark_nsfw.embedders import TimmImageEmbedder
-    from spark_nsfw.inputs import ShardInputs
-    from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions
+    from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions
+    from spark_nsfw.score.embedder import TimmImageEmbedder
     from spark_nsfw.spark.job import JobOptions, delete_output, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.spark.udf import settled
@@ -492,10 +492,10 @@ def _add_report_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from spark_nsfw.inputs import ShardInputs
-    from spark_nsfw.report import render
+    from spark_nsfw.read.paths import ShardInputs
     from spark_nsfw.spark.report import collect_report
     from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.use.report import render
 
     data = collect_report(
         active_or_local_session(),
@@ -573,10 +573,10 @@ def _add_export_parser(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _export(options: argparse.Namespace) -> int:
-    from spark_nsfw.export import ExportOptions
-    from spark_nsfw.inputs import ShardInputs
+    from spark_nsfw.read.paths import ShardInputs
     from spark_nsfw.spark.export import export_metadata
     from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.use.regroup import ExportOptions
 
     summary = export_metadata(
         active_or_local_session(),
@@ -598,8 +598,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from spark_nsfw.classifiers import AESTHETIC_FILE
-    from spark_nsfw.models import fetch_models
+    from spark_nsfw.score.classifier import AESTHETIC_FILE
+    from spark_nsfw.score.staging import fetch_models
 
     others = [AESTHETIC_FILE] if options.aesthetic else []
     fetch_models(options.directory, options.model or [_DEFAULT_MODEL], others=others)
@@ -607,7 +607,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from spark_nsfw.provenance import inspect_output
+    from spark_nsfw.note import inspect_output
 
     notes = inspect_output(options.output)
     for note, files in notes.items():

@@ -14,14 +14,13 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError
-from spark_nsfw.export import ExportOptions
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import provenance
-from spark_nsfw.samples import SampleOptions
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import SampleOptions
 from spark_nsfw.schema import IMAGE, KEY, SHARD
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.recipe import provenance
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
 from spark_nsfw.spark.session import active_or_local_session
@@ -41,6 +40,7 @@ from spark_nsfw.storage import (
     open_input,
     resolve,
 )
+from spark_nsfw.use.regroup import ExportOptions
 
 __all__ = ["ImageTextPairDataset"]
 

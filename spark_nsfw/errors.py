@@ -4,6 +4,8 @@
 
     SparkNsfwError
     ├── InputError (ValueError)         an argument or an input path that cannot work
+    │   └── NothingToReadError          an input with nothing in it to read
+    ├── StorageError (OSError)          a file that cannot be read or written now
     ├── WeightsError                    a weight file that cannot be used
     │   ├── WeightsUnavailableError     it could not be found or downloaded
     │   ├── ChecksumError               its sha256 is not the expected one
@@ -28,11 +30,13 @@ __all__ = [
     "InputError",
     "JobError",
     "JobStoppedError",
+    "NothingToReadError",
     "OversizedImageError",
     "ShardError",
     "ShardTruncatedError",
     "ShardUnreadableError",
     "SparkNsfwError",
+    "StorageError",
     "UndecodableImageError",
     "WeightsError",
     "WeightsMismatchError",
@@ -46,6 +50,17 @@ class SparkNsfwError(Exception):
 
 class InputError(SparkNsfwError, ValueError):
     """An argument or an input path that cannot work."""
+
+
+class NothingToReadError(InputError):
+    """An input that does not exist, or has nothing in it to read."""
+
+
+class StorageError(SparkNsfwError, OSError):
+    """A file that cannot be read or written now: network, permission, credentials, disk.
+
+    Nothing is known to be damaged, so no row is made of it; another try may succeed.
+    """
 
 
 class WeightsError(SparkNsfwError):

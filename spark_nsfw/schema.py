@@ -39,7 +39,7 @@ CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)
 
 
 class Status(str, Enum):
-    """What became of a sample or, in the last four, of its shard."""
+    """What became of a sample or, in the last five, of its shard."""
 
     OK = "ok"
     IMAGE_MISSING = "image_missing"
@@ -51,6 +51,7 @@ class Status(str, Enum):
     MEMBER_TRUNCATED = "member_truncated"
     MEMBER_UNREADABLE = "member_unreadable"
     KEY_REPEATED = "key_repeated"
+    SHARD_EMPTY = "shard_empty"
     SHARD_UNREADABLE = "shard_unreadable"
     SHARD_TRUNCATED = "shard_truncated"
     SHARD_CRASHED = "shard_crashed"

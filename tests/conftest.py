@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from spark_nsfw import NsfwClassifier, TimmImageEmbedder
-from spark_nsfw.photographs import (
+from examples.photographs import (
     damaged_samples,
     encode,
     photographs,
     write_photograph_shards,
     write_shard,
 )
+from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

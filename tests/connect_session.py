@@ -25,7 +25,7 @@ from spark_nsfw import (
     register_webdataset,
     score_samples,
 )
-from spark_nsfw.inputs import ShardInputs
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import run_job
 
 

@@ -19,10 +19,10 @@ import pyspark
 from pyspark import TaskContext
 from pyspark.sql import SparkSession
 
+from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 from spark_nsfw.errors import JobError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import write_photograph_shards
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.workers import choose_device
 

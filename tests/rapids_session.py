@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import write_photograph_shards
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.reader import read_samples, shard_paths
 from spark_nsfw.spark.udf import score_samples, score_shards

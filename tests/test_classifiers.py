@@ -19,8 +19,6 @@ from spark_nsfw import (
     TimmImageEmbedder,
     iter_sample_batches,
 )
-from spark_nsfw.classifiers import NsfwDetector
-from spark_nsfw.embedders import Tower
 from spark_nsfw.errors import (
     ChecksumError,
     EmbeddingWidthError,
@@ -29,8 +27,10 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.laion import DETECTORS, _code_of_text, read_detector
-from spark_nsfw.weights import file_sha256
+from spark_nsfw.score.classifier import NsfwDetector
+from spark_nsfw.score.download import file_sha256
+from spark_nsfw.score.embedder import Tower
+from spark_nsfw.score.laion import DETECTORS, _code_of_text, read_detector
 
 ZIPS = {"vit_l_14": "clip_autokeras_binary_nsfw.zip", "vit_b_32": "clip_autokeras_nsfw_b32.zip"}
 

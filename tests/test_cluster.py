@@ -18,7 +18,7 @@ import pytest
 from rapids_session import settings
 from test_cli import staged  # noqa: F401  # a fixture
 
-from spark_nsfw.weights import file_sha256
+from spark_nsfw.score.download import file_sha256
 
 ROOT = Path(__file__).parents[1]
 SPARK = Path(pyspark.__file__).parent / "bin"

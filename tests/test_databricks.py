@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from test_cli import staged  # noqa: F401  # a fixture
 
-from spark_nsfw.provenance import package_version
+from spark_nsfw.note import package_version
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "score_nsfw_databricks.py"
 CELLS = NOTEBOOK.read_text().split("\n# COMMAND ----------\n")

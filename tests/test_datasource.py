@@ -7,10 +7,10 @@ import pytest
 from pyspark.sql.types import StructType
 from test_spark import collected, core_rows  # noqa: F401  # a fixture
 
+from examples.photographs import write_shard
 from spark_nsfw import read_webdataset, register_webdataset, score_samples
 from spark_nsfw.errors import InputError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import write_shard
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.datasource import WebDatasetSource
 from spark_nsfw.spark.reader import list_shards
 

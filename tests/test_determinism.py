@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from examples.photographs import write_shard
 from spark_nsfw import NsfwClassifier, SampleOptions, Scorer, TimmImageEmbedder, iter_sample_batches
-from spark_nsfw.photographs import write_shard
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from pyarrow import fs
 from safetensors.torch import save_file
 
 from spark_nsfw import TimmImageEmbedder
-from spark_nsfw.embedders import RANDOM_SEED
 from spark_nsfw.errors import (
     ChecksumError,
     InputError,
@@ -27,8 +26,9 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.pixels import decode_image
-from spark_nsfw.weights import download, file_sha256, load_state_dict, local_file
+from spark_nsfw.score.download import download, file_sha256, load_state_dict, local_file
+from spark_nsfw.score.embedder import RANDOM_SEED
+from spark_nsfw.score.pixels import decode_image
 
 B32 = "vit_base_patch32_clip_quickgelu_224.openai"
 
@@ -247,9 +247,12 @@ def test_a_server_with_another_file_is_refused_and_leaves_nothing(server, cache)
 
 def test_a_remote_file_is_copied_again_where_the_copy_is_not_whole(tmp_path, monkeypatch, cache):
     remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())  # no local one, to us
-    monkeypatch.setattr("spark_nsfw.weights.resolve", lambda url: (remote, url.split("/")[-1]))
     monkeypatch.setattr(
-        "spark_nsfw.weights.open_input", lambda url: (tmp_path / url.split("/")[-1]).open("rb")
+        "spark_nsfw.score.download.resolve", lambda url: (remote, url.split("/")[-1])
+    )
+    monkeypatch.setattr(
+        "spark_nsfw.score.download.open_input",
+        lambda url: (tmp_path / url.split("/")[-1]).open("rb"),
     )
     (tmp_path / "x.pt").write_bytes(CONTENT)
     copy = local_file("s3://bucket/x.pt")

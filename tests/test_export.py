@@ -18,6 +18,7 @@ import pytest
 import webdataset.tariterators as reference
 from pyspark.sql import functions as F
 
+from examples.photographs import encode, photographs, write_photograph_shards, write_shard
 from spark_nsfw import (
     ImageClassifier,
     ImageTextPairDataset,
@@ -27,13 +28,12 @@ from spark_nsfw import (
 )
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.export import ExportOptions, Piece, plan_shards, write_output_shard
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import encode, photographs, write_photograph_shards, write_shard
-from spark_nsfw.shards import iter_samples
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.export import export_metadata
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.writer import write_metadata
+from spark_nsfw.use.regroup import ExportOptions, Piece, plan_shards, write_output_shard
 
 
 def samples_of(path):

@@ -51,15 +51,15 @@ def test_only_the_shell_imports_pyspark():
 
 
 def test_only_pixels_decodes_images():
-    assert importers_of("PIL") == {"pixels.py", "photographs.py"}
+    assert importers_of("PIL") == {"score/pixels.py"}
 
 
 def test_only_the_report_draws():
-    assert importers_of("matplotlib", "jinja2") == {"report.py"}
+    assert importers_of("matplotlib", "jinja2") == {"use/report.py"}
 
 
 def test_only_the_scorer_puts_models_together():
-    both = importers_of("spark_nsfw.embedders") & importers_of("spark_nsfw.classifiers")
+    both = importers_of("spark_nsfw.score.embedder") & importers_of("spark_nsfw.score.classifier")
     core = {path for path in both if "/" not in path}
     assert core == {"cli.py", "dataset.py", "provenance.py", "scorer.py"}
 
@@ -82,7 +82,7 @@ from importlib import import_module
 for name in {CORE!r}:
     import_module("spark_nsfw." + name)
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
-from spark_nsfw.photographs import encode, photographs
+from examples.photographs import encode, photographs
 embedder = TimmImageEmbedder("test_vit2", embedding_size=768)
 embeddings = embedder.embed([encode(next(photographs()))], device="cpu")
 scores = NsfwClassifier(model_path={detector_path!r}).classify(embeddings, device="cpu")

@@ -4,7 +4,7 @@ import pytest
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.inputs import ShardInputs, _digit_globs, _regex
+from spark_nsfw.read.paths import ShardInputs, _digit_globs, _regex
 from spark_nsfw.storage import _filesystem, expand_braces, resolve
 
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_spark import by_identity, collected, core_rows  # noqa: F401  # a fixture
 
+from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import write_photograph_shards
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.writer import write_metadata
 
@@ -72,7 +72,7 @@ def test_shard_names_stay_strings_in_every_reader(spark, finished):
 
 
 def test_rows_stay_in_the_order_of_the_tar(finished, shards):
-    from spark_nsfw.shards import iter_samples
+    from spark_nsfw.read.tar import iter_samples
 
     for name in ("00000", "odd/00000"):
         (file,) = (finished[0] / f"shard={name.replace('/', '%2F')}").glob("*.parquet")

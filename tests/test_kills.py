@@ -13,8 +13,8 @@ import pytest
 from test_job import arguments
 from test_spark import collected
 
+from examples.photographs import write_photograph_shards
 from spark_nsfw.cli import main
-from spark_nsfw.photographs import write_photograph_shards
 
 SEED = 20
 CLUSTER_ROUNDS = 14

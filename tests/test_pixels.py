@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from examples.photographs import encode, photographs
 from spark_nsfw.errors import ImageError, OversizedImageError, UndecodableImageError
-from spark_nsfw.photographs import encode, photographs
-from spark_nsfw.pixels import center_crop_box, decode_image, resized_size
+from spark_nsfw.score.pixels import center_crop_box, decode_image, resized_size
 
 #: OpenAI's CLIP, clip/clip.py, _transform, up to ToTensor.
 REFERENCE = Compose(

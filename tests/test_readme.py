@@ -12,7 +12,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number, spark, tmp_path, capsys, jpegs, detector_path):
-    from spark_nsfw.photographs import write_photograph_shards
+    from examples.photographs import write_photograph_shards
 
     write_photograph_shards(tmp_path / "dataset", num_shards=2, samples_per_shard=3)
     (tmp_path / "images").mkdir()

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from sklearn import metrics
 
+from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
-from spark_nsfw.photographs import encode, photographs, write_shard
-from spark_nsfw.pixels import decode_image, encode_jpeg
-from spark_nsfw.report import (
+from spark_nsfw.score.pixels import decode_image, encode_jpeg
+from spark_nsfw.use.report import (
     NUM_BINS,
     LabelCounts,
     ReportData,

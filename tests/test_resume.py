@@ -19,11 +19,11 @@ from pyspark import cloudpickle
 from test_job import arguments, run
 from test_spark import collected
 
+from examples.photographs import encode, write_photograph_shards, write_shard
 from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.photographs import encode, write_photograph_shards, write_shard
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.job import JobOptions, delete_output, run_job
 from spark_nsfw.spark.waves import Crashes, reason, write_apart
 

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from examples.photographs import write_shard
 from spark_nsfw import SampleOptions, iter_sample_batches
 from spark_nsfw.errors import InputError, ShardUnreadableError
-from spark_nsfw.passthrough import infer_from_first, infer_passthrough
-from spark_nsfw.photographs import write_shard
+from spark_nsfw.read.columns import infer_from_first, infer_passthrough
 
 
 def rows(path, **options):

@@ -15,8 +15,8 @@ from spark_nsfw import (
     iter_sample_batches,
 )
 from spark_nsfw.errors import EmbeddingWidthError, InputError
+from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.schema import metadata_schema
-from spark_nsfw.shards import iter_samples
 
 
 def all_shards(directory):
@@ -185,7 +185,7 @@ def test_jpegs_take_the_fast_way(shards, embedder, monkeypatch):
     def pillow(*_):
         raise AssertionError("a colour JPEG went to pillow")
 
-    monkeypatch.setattr("spark_nsfw.pixels.Image.open", pillow)
+    monkeypatch.setattr("spark_nsfw.score.pixels.Image.open", pillow)
     batches = iter_sample_batches(all_shards(shards)[:2], SampleOptions())
     table = pa.Table.from_batches(Scorer(embedder, device="cpu").score(batches))
     assert table["status"].to_pylist() == ["ok"] * 22
@@ -195,7 +195,7 @@ def test_an_error_in_a_decoding_thread_is_the_tasks_error_not_a_hang(shards, emb
     def out_of_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("spark_nsfw.scorer.decode_image", out_of_memory)
+    monkeypatch.setattr("spark_nsfw.score.scorer.decode_image", out_of_memory)
     with pytest.raises(MemoryError, match="no room"):
         score(Scorer(embedder, device="cpu"), shards)
 

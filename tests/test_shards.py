@@ -5,8 +5,8 @@ import pytest
 import webdataset.tariterators as reference
 
 from spark_nsfw import SampleOptions, iter_sample_batches
+from spark_nsfw.read.tar import iter_samples, split_name
 from spark_nsfw.schema import Status
-from spark_nsfw.shards import iter_samples, split_name
 
 
 def write_tar(path, members, mode="w"):

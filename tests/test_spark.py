@@ -12,6 +12,7 @@ import torch
 from pyspark.sql import functions as F
 from test_scorer import all_shards
 
+from examples.photographs import write_photograph_shards, write_shard
 from spark_nsfw import (
     ImageClassifier,
     ImageTextPairDataset,
@@ -25,9 +26,8 @@ from spark_nsfw import (
     score_samples,
 )
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.photographs import write_photograph_shards, write_shard
-from spark_nsfw.provenance import inspect_output
-from spark_nsfw.shards import iter_samples
+from spark_nsfw.note import inspect_output
+from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.workers import choose_device, classifier_identity, worker_scorer
 
 

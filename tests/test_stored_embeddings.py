@@ -13,7 +13,7 @@ from test_job import arguments
 from spark_nsfw import NsfwClassifier
 from spark_nsfw.cli import main
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.stored_embeddings import StoredEmbeddings, embedding_matrix, score_column
+from spark_nsfw.read.embeddings import StoredEmbeddings, embedding_matrix, score_column
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def test_every_command_is_shown_with_its_output():
 @pytest.mark.usefixtures("spark", "detector_path")
 def test_the_tutorial(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for commands, shown in STEPS:
         printed = "".join(run(command, capsys) for command in commands.splitlines())
         expected = comparable(shown, "/home/me/spark_nsfw")

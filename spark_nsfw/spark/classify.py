@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.errors import InputError
-from spark_nsfw.provenance import inspect_output, package_version, refuse_another_note
+from spark_nsfw.note import inspect_output, package_version, refuse_another_note
+from spark_nsfw.read.embeddings import EmbeddingFile, StoredEmbeddings
 from spark_nsfw.schema import SHARD
+from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.spark.summary import Summary, summarize
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.workers import classifier_identity, worker_classifiers, worker_device
@@ -27,7 +28,6 @@ from spark_nsfw.spark.writer import (
     write_schema,
 )
 from spark_nsfw.storage import absolute, is_below
-from spark_nsfw.stored_embeddings import EmbeddingFile, StoredEmbeddings
 
 __all__ = ["classify_metadata"]
 
@@ -53,7 +53,7 @@ def classify_metadata(
 
     Args:
         spark: any session.
-        metadata: in any layout of `spark_nsfw.stored_embeddings`.
+        metadata: in any layout of `spark_nsfw.read.embeddings`.
         output: directory of the Parquet metadata, partitioned by shard.
         classifiers: each gives one column.
         embedding_column: holds the embeddings.

@@ -11,11 +11,11 @@ from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.passthrough import SHARDS_FOR_COLUMNS, infer_from_first
-from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
+from spark_nsfw.read.columns import SHARDS_FOR_COLUMNS, infer_from_first
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
+from spark_nsfw.read.tar import MAX_MEMBER_BYTES
 from spark_nsfw.schema import IMAGE, sample_schema
-from spark_nsfw.shards import MAX_MEMBER_BYTES
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.types import arrow_fields, spark_schema
 

@@ -27,19 +27,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.export import (
-    KEPT,
-    SOURCE_SHARD,
-    STATE,
-    ExportOptions,
-    OutputShard,
-    Piece,
-    new_file,
-    plan_shards,
-    write_output_shard,
-)
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import PROVENANCE, refuse_another_note
+from spark_nsfw.note import PROVENANCE, refuse_another_note
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.reader import list_shards
@@ -52,6 +41,17 @@ from spark_nsfw.storage import (
     list_files,
     open_input,
     resolve,
+)
+from spark_nsfw.use.regroup import (
+    KEPT,
+    SOURCE_SHARD,
+    STATE,
+    ExportOptions,
+    OutputShard,
+    Piece,
+    new_file,
+    plan_shards,
+    write_output_shard,
 )
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]

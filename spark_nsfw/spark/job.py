@@ -24,13 +24,14 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError, JobStoppedError, SparkNsfwError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.provenance import PROVENANCE, provenance, refuse_another_note
-from spark_nsfw.samples import SampleOptions
+from spark_nsfw.note import PROVENANCE, refuse_another_note
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import SampleOptions
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.recipe import provenance
 from spark_nsfw.spark.progress import Progress, ProgressStyle
 from spark_nsfw.spark.reader import (
     SHARD_SOURCE_OPTIONS,

@@ -10,10 +10,10 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.passthrough import SHARDS_FOR_COLUMNS, infer_from_first
-from spark_nsfw.samples import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
-from spark_nsfw.shards import MAX_MEMBER_BYTES
+from spark_nsfw.read.columns import SHARDS_FOR_COLUMNS, infer_from_first
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
+from spark_nsfw.read.tar import MAX_MEMBER_BYTES
 from spark_nsfw.spark.pools import reader_workers
 from spark_nsfw.spark.types import spark_schema
 

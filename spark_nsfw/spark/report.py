@@ -16,15 +16,22 @@ from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
 from spark_nsfw.errors import ImageError, InputError, ShardError
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.pixels import decode_image, encode_jpeg
-from spark_nsfw.provenance import inspect_output
-from spark_nsfw.report import NUM_BANDS, NUM_BINS, LabelCounts, ReportData, ShardCounts, Thumbnail
-from spark_nsfw.samples import IMAGE_EXTENSIONS
+from spark_nsfw.note import inspect_output
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS
+from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Member, iter_runs, split_name
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
-from spark_nsfw.shards import MAX_MEMBER_BYTES, Member, iter_runs, split_name
+from spark_nsfw.score.pixels import decode_image, encode_jpeg
 from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.storage import absolute, open_input, resolve
+from spark_nsfw.use.report import (
+    NUM_BANDS,
+    NUM_BINS,
+    LabelCounts,
+    ReportData,
+    ShardCounts,
+    Thumbnail,
+)
 
 __all__ = ["collect_report"]
 
@@ -42,7 +49,7 @@ def collect_report(
     wanted_recall: float = 0.95,
     inputs: ShardInputs | None = None,
 ) -> ReportData:
-    """Count what `spark_nsfw.report.render` shows.
+    """Count what `spark_nsfw.use.report.render` shows.
 
     Args:
         spark: classic or Connect.

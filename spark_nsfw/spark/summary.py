@@ -40,7 +40,7 @@ class Summary:
         num_samples: rows that stand for a sample.
         num_by_status: rows by status, those that stand for a shard included.
         scores: by score column; empty where nothing was scored.
-        provenance: the note of `spark_nsfw.provenance.provenance`.
+        provenance: the note of `spark_nsfw.note.provenance`.
         num_new_images: images that this run scored.
         seconds: that scoring them took, from the first shard listed to the last row written.
     """

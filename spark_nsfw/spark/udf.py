@@ -16,16 +16,16 @@ from pyspark.sql import functions as F
 from pyspark.sql.functions import pandas_udf  # type: ignore[attr-defined]
 from pyspark.sql.types import FloatType, StructField, StructType
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
-from spark_nsfw.inputs import ShardInputs
-from spark_nsfw.samples import SampleOptions, iter_sample_rows
+from spark_nsfw.read.embeddings import score_column
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import SampleOptions, iter_sample_rows
 from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_schema
-from spark_nsfw.scorer import fields_of
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.scorer import fields_of
 from spark_nsfw.spark.reader import iter_shards
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.workers import scorer_identity, worker_device, worker_scorer
-from spark_nsfw.stored_embeddings import score_column
 
 __all__ = ["nsfw_udf", "score_embeddings", "score_samples", "score_shards"]
 

@@ -14,10 +14,10 @@ import torch
 from pyspark import TaskContext, cloudpickle
 from pyspark.sql import SparkSession
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError
-from spark_nsfw.scorer import Scorer
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.scorer import Scorer
 
 __all__ = [
     "choose_device",

@@ -12,7 +12,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import StructType
 
-from spark_nsfw.provenance import PROVENANCE
+from spark_nsfw.note import PROVENANCE
 from spark_nsfw.schema import SHARD, STATUS
 from spark_nsfw.storage import resolve
 

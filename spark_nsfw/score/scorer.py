@@ -24,10 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import ImageError, InputError, OversizedImageError
-from spark_nsfw.pixels import Decode, decode_image
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
     IMAGE,
@@ -36,6 +33,9 @@ from spark_nsfw.schema import (
     metadata_schema,
     result_fields,
 )
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.pixels import Decode, decode_image
 
 __all__ = ["Scorer"]
 

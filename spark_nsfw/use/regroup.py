@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, JobError, ShardError
+from spark_nsfw.read.tar import Member, iter_runs
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
-from spark_nsfw.shards import Member, iter_runs
 from spark_nsfw.storage import move_file, open_input, resolve
 
 __all__ = [

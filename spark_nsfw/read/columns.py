@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, ShardUnreadableError
+from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, KEY
-from spark_nsfw.shards import iter_samples
 from spark_nsfw.storage import open_input
 
 __all__ = [

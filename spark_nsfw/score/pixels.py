@@ -3,7 +3,7 @@
 The reference is ``_transform`` of https://github.com/openai/CLIP (clip/clip.py):
 resize the shorter side with antialiased bicubic, crop the centre, then convert to
 RGB, each in the image's own mode. Normalisation happens on the device
-(`spark_nsfw.embedders`).
+(`spark_nsfw.score.embedder`).
 """
 
 from __future__ import annotations

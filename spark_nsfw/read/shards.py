@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from spark_nsfw.errors import ShardUnreadableError
-from spark_nsfw.passthrough import Description, Sidecar, describe, passthrough_arrays
+from spark_nsfw.read.columns import Description, Sidecar, describe, passthrough_arrays
+from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Sample, iter_samples
 from spark_nsfw.schema import IMAGE, Status, sample_schema
-from spark_nsfw.shards import MAX_MEMBER_BYTES, Sample, iter_samples
 
 __all__ = ["IMAGE_EXTENSIONS", "SampleOptions", "iter_sample_batches", "iter_sample_rows"]
 

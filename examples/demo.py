@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from examples.photographs import damaged_samples, write_photograph_shards, write_shard
 from spark_nsfw import NsfwClassifier, SparkNsfwError
-from spark_nsfw.classifiers import NsfwDetector
 from spark_nsfw.cli import main
-from spark_nsfw.laion import DETECTORS
-from spark_nsfw.photographs import damaged_samples, write_photograph_shards, write_shard
+from spark_nsfw.score.classifier import NsfwDetector
+from spark_nsfw.score.laion import DETECTORS
 from spark_nsfw.spark.session import active_or_local_session
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -11,8 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spark_nsfw.classifiers import ImageClassifier
-from spark_nsfw.embedders import TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.storage import list_files, open_input
 
@@ -21,7 +19,6 @@ __all__ = [
     "inspect_output",
     "note_in",
     "package_version",
-    "provenance",
     "refuse_another_note",
 ]
 
@@ -35,17 +32,6 @@ def package_version() -> str:
         return version("spark-nsfw")
     except PackageNotFoundError:
         return "0+unknown"
-
-
-def provenance(
-    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier]
-) -> dict[str, Any]:
-    """Tower, detectors, their weights and the version of this package, as plain JSON types."""
-    return {
-        "version": package_version(),
-        "embedder": embedder.describe(),
-        "classifiers": [classifier.describe() for classifier in classifiers],
-    }
 
 
 def inspect_output(output: str) -> dict[str, list[str]]:

@@ -25,10 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from spark_nsfw.classifiers import ImageClassifier
 from spark_nsfw.errors import EmbeddingWidthError, InputError, ShardUnreadableError
-from spark_nsfw.passthrough import output_name, spark_type
-from spark_nsfw.provenance import note_in
+from spark_nsfw.note import note_in
+from spark_nsfw.read.columns import output_name, spark_type
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
     IMAGE,
@@ -40,6 +39,7 @@ from spark_nsfw.schema import (
     result_fields,
     sample_schema,
 )
+from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.storage import list_files, open_input, resolve
 
 __all__ = ["EmbeddingFile", "StoredEmbeddings", "embedding_matrix", "score_column"]

@@ -207,7 +207,9 @@ def render(data: ReportData) -> str:
     except ImportError as exc:
         raise InputError(f"the report needs {exc.name}: pip install 'spark-nsfw[report]'") from exc
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spark_nsfw"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("spark_nsfw.use"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     wanted = data.threshold_for(data.wanted_recall)
     steps = np.linspace(data.low, data.high, 11)[1:-1]

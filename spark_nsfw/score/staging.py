@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spark_nsfw.errors import WeightsUnavailableError
-from spark_nsfw.laion import DETECTORS
+from spark_nsfw.score.download import PublishedFile, download, file_sha256, hub_file
+from spark_nsfw.score.laion import DETECTORS
 from spark_nsfw.storage import open_input
-from spark_nsfw.weights import PublishedFile, download, file_sha256, hub_file
 
 __all__ = ["fetch_models", "staged_file"]
 

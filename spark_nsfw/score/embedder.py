@@ -14,11 +14,9 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from spark_nsfw.batching import in_blocks
 from spark_nsfw.errors import ImageError, InputError
-from spark_nsfw.models import staged_file
-from spark_nsfw.pixels import DECODES, Decode, decode_image
-from spark_nsfw.weights import (
+from spark_nsfw.score.blocks import in_blocks
+from spark_nsfw.score.download import (
     Weights,
     check_fit,
     file_sha256,
@@ -26,10 +24,12 @@ from spark_nsfw.weights import (
     load_state_dict,
     local_file,
 )
+from spark_nsfw.score.pixels import DECODES, Decode, decode_image
+from spark_nsfw.score.staging import staged_file
 
 if TYPE_CHECKING:
-    from spark_nsfw.classifiers import ImageClassifier
     from spark_nsfw.dataset import ImageTextPairDataset
+    from spark_nsfw.score.classifier import ImageClassifier
 
 __all__ = ["CPU_BLOCK_IMAGES", "PRECISIONS", "TimmImageEmbedder", "Tower"]
 
@@ -104,7 +104,7 @@ class TimmImageEmbedder:
         decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit; ``fast`` takes
             half the time for JPEG and moves scores less than float16 does
             (docs/fidelity.md).
-        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from
+        models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
             which ``pretrained`` takes the weights instead of the hub.
 
     Without ``pretrained`` or ``checkpoint_path`` the weights are random, from a fixed

@@ -15,15 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from spark_nsfw.batching import in_blocks
 from spark_nsfw.errors import (
     EmbeddingWidthError,
     InputError,
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.laion import DETECTORS, read_detector
-from spark_nsfw.weights import (
+from spark_nsfw.score.blocks import in_blocks
+from spark_nsfw.score.download import (
     PublishedFile,
     Weights,
     check_fit,
@@ -32,6 +31,7 @@ from spark_nsfw.weights import (
     load_state_dict,
     local_file,
 )
+from spark_nsfw.score.laion import DETECTORS, read_detector
 
 if TYPE_CHECKING:
     from spark_nsfw.dataset import ImageTextPairDataset
@@ -77,7 +77,7 @@ class ImageClassifier:
         batch_size: embeddings per forward pass of `classify`; -1 takes all at once.
         model_path: file of its weights, a path or URL. Its sha256 is settled before a job
             starts, noted in the output, and checked by every worker.
-        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from which
+        models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from which
             published weights are taken instead of downloaded.
     """
 
@@ -382,7 +382,7 @@ class NsfwClassifier(ImageClassifier):
         variant: ``torch`` scores as NeMo Curator and DataComp do; ``laion`` as LAION's
             TensorFlow model does, with its categorical lookups, on embeddings that the
             pipeline rounds to float16 as LAION's were. ``laion`` needs LAION's zip.
-        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made, from
+        models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
             which LAION's files are taken instead of downloaded.
 
     Source: https://github.com/LAION-AI/CLIP-based-NSFW-Detector.
@@ -548,7 +548,7 @@ class AestheticClassifier(ImageClassifier):
         batch_size: embeddings per forward pass of `classify`; -1 takes all at once.
         model_path: ``sac+logos+ava1-l14-linearMSE.pth`` or another file of its tensors,
             a path or URL; None takes the published one, downloaded once.
-        models_dir: directory or URL that `spark_nsfw.models.fetch_models` made.
+        models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made.
 
     Source: https://github.com/christophschuhmann/improved-aesthetic-predictor.
     """

@@ -1,0 +1,1 @@
+"""Photographs, and the demo that scores them: not part of the package."""

@@ -1,0 +1,1 @@
+"""What is computed: pixels, towers, classifiers, the pipeline. No Spark."""

@@ -1,0 +1,1 @@
+"""What scores are for: new shards, the report, the summary. No torch, no Spark."""
