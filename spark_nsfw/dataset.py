@@ -4,45 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
-from urllib.parse import unquote
 
-import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.note import merged_note, refuse_another_note, same_note
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.read.shards import SampleOptions
-from spark_nsfw.schema import IMAGE, KEY, SHARD
+from spark_nsfw.read.shards import SampleOptions, ShardSource
+from spark_nsfw.read.source import Unit
+from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
-from spark_nsfw.score.recipe import provenance
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.cluster import device_kind
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
-from spark_nsfw.spark.reader import list_shards, read_samples, settle_columns, shard_paths
+from spark_nsfw.spark.job import JobOptions, write_units
+from spark_nsfw.spark.output import ParquetOutput, noted_schema, with_note
+from spark_nsfw.spark.plans import metadata_rows, sample_rows
 from spark_nsfw.spark.session import active_or_local_session
-from spark_nsfw.spark.udf import score_embeddings, score_shards, settled
-from spark_nsfw.spark.workers import device_kind
-from spark_nsfw.spark.writer import (
-    session_settings,
-    with_provenance,
-    write_metadata,
-    write_schema,
-)
-from spark_nsfw.storage import (
-    delete_directory,
-    hadoop_path,
-    list_files,
-    move_file,
-    open_input,
-    resolve,
-)
+from spark_nsfw.spark.stored import score_embeddings
+from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
+from spark_nsfw.use.sidecars import move_beside_shards
 
 __all__ = ["ImageTextPairDataset"]
+
+#: Where rows grow before they become sidecars; readers skip names with an underscore.
+_STAGING = "_spark_nsfw_sidecars"
 
 
 class ImageTextPairDataset:
@@ -97,20 +88,27 @@ class ImageTextPairDataset:
         dataset.tar_files  # noqa: B018  # a wrong path is refused here, not at the first action
         return dataset
 
-    @cached_property
+    @property
     def tar_files(self) -> list[str]:
         """The paths of the shards, sorted."""
-        return list_shards(self.spark, self._inputs)
+        return [unit.place for unit in self._units]
 
     @cached_property
-    def _options(self) -> SampleOptions:
-        columns = settle_columns(self.spark, self.tar_files, self.id_col, None, self.captions)
-        return SampleOptions(
-            captions=self.captions,
-            id_col=self.id_col,
-            passthrough=columns,
-            images=self.embedder is not None,
-        )
+    def _units(self) -> list[Unit]:
+        return self._source.units()
+
+    @cached_property
+    def _source(self) -> ShardSource:
+        images = self.embedder is not None
+        options = SampleOptions(captions=self.captions, id_col=self.id_col, images=images)
+        return ShardSource(self._inputs, options)
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        """What is computed, ready; without an embedder only what is known of the classifiers."""
+        if self.embedder is None:
+            return Recipe(None, self.classifiers)
+        return Recipe.of(self.embedder, self.classifiers).ready(device=device_kind(self.spark))
 
     @property
     def metadata(self) -> DataFrame:
@@ -119,37 +117,23 @@ class ImageTextPairDataset:
         See `spark_nsfw.schema` for the columns. May be set to itself with more columns or
         fewer rows.
         """
-        if self._metadata is not None:
-            return self._metadata
-        paths = shard_paths(self.spark, self._inputs)
-        if self.embedder is None:
-            metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
-            return _with_stored_scores(metadata, self.classifiers) if self.classifiers else metadata
-        kind = device_kind(self.spark)
-        embedder = self.embedder.with_precision_of(kind)
-        scored = score_shards(
-            paths, self._inputs, self._options, embedder, self.classifiers, device=kind
-        )
-        note = provenance(embedder, settled(embedder, self.classifiers))
-        return with_provenance(scored, self._result_columns, note)
+        return self._rows(self._units) if self._metadata is None else self._metadata
 
     @metadata.setter
     def metadata(self, metadata: DataFrame) -> None:
         self._metadata = metadata
 
-    @property
-    def _result_columns(self) -> list[str]:
-        embedding = [] if self.embedder is None else [self.embedder.image_embedding_column]
-        return [*embedding, *(classifier.pred_column for classifier in self.classifiers)]
+    def _rows(self, units: Sequence[Unit]) -> DataFrame:
+        schema = self._source.schema()
+        if self.embedder is None:
+            rows = sample_rows(self.spark, units, self._source, schema, images=False)
+            return score_embeddings(rows, self.classifiers) if self.classifiers else rows
+        rows = metadata_rows(self.spark, units, self._source, self._recipe, schema)
+        return with_note(rows, self._recipe.result_columns, self._note)
 
     @property
-    def _made_by(self) -> dict[str, Any]:
-        """The embedder and the classifiers as the output's provenance has them."""
-        if self.embedder is None:
-            return {"classifiers": [_describe_unsized(each) for each in self.classifiers]}
-        embedder = self.embedder.with_precision_of(device_kind(self.spark))
-        note = provenance(embedder, settled(embedder, self.classifiers))
-        return {name: note[name] for name in ("embedder", "classifiers")}
+    def _note(self) -> dict[str, Any]:
+        return merged_note(self._recipe.describe(), self._source.describe())
 
     def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
         """The same dataset, embedded, and scored by the embedder's classifiers.
@@ -178,42 +162,89 @@ class ImageTextPairDataset:
             (*self.classifiers, classifier),
         )
         if self._metadata is not None:
-            dataset.metadata = _with_stored_scores(self._metadata, [classifier])
+            dataset.metadata = score_embeddings(self._metadata, [classifier])
         return dataset
 
     def save_metadata(self, path: str | None = None, columns: Sequence[str] | None = None) -> None:
         """Compute the metadata and write it as Parquet.
 
+        Called again after it was stopped, it goes on where it was. `metadata` that was set,
+        or a choice of columns, is computed in one go; what was noted of the query tells
+        whether an output may be gone on with.
+
         Args:
             path: a directory that gets one partition ``shard=…`` per shard. None writes
                 one Parquet file beside each shard, ``00042.parquet`` beside ``00042.tar``,
-                and replaces the one that is there, as NeMo Curator does.
+                and replaces the one that is there, as NeMo Curator does; one that is not
+                ours goes to ``_spark_nsfw_replaced`` beside it.
             columns: the columns to save; None saves all of them.
 
         Raises:
-            InputError: there is no such column.
+            InputError: there is no such column, or ``path`` is no place to write to.
+            JobError: the output was made in another way, or Spark failed.
         """
-        metadata = self.metadata
         if columns is not None:
-            unknown = [name for name in columns if name not in metadata.columns]
+            there = self.metadata.columns
+            unknown = [name for name in columns if name not in there]
             if unknown:
-                raise InputError(
-                    f"no column {', '.join(unknown)}; there are {', '.join(metadata.columns)}"
-                )
-            metadata = metadata.select(SHARD, *(f"`{name}`" for name in columns if name != SHARD))
+                raise InputError(f"no column {', '.join(unknown)}; there are {', '.join(there)}")
         if path is not None:
-            path = hadoop_path(path)
-            write_schema(metadata, path)
-            write_metadata(metadata, path)
+            output = ParquetOutput(self.spark, path)
+            refuse_place(output.url, self._source)
+            self._write(output, columns)
             return
-        # The directory of one input, under Spark's own name for it, whatever filesystem that is.
-        name = self._inputs.shard_name(self.tar_files[0])
-        staging = self.tar_files[0].removesuffix(f"{name}.tar") + "_spark_nsfw_sidecars"
-        delete_directory(staging)  # of a run that was stopped
-        with session_settings(self.spark, {"spark.sql.files.maxRecordsPerFile": "0"}):
-            write_metadata(metadata, staging)
-        self._move_beside_shards(staging)
-        delete_directory(staging)
+        # The directory of one input, whatever file system that is on.
+        first = self._units[0]
+        staging = ParquetOutput(
+            self.spark, first.place.removesuffix(f"{first.name}.tar") + _STAGING
+        )
+        note = staging.note()
+        if note is None or not same_note(note, self._saved_note(columns)):
+            staging.delete()  # of another run, that was stopped
+        self._write(staging, columns)
+        unknown = sorted(staging.done() - {unit.name for unit in self._units})
+        if unknown:
+            staging.delete()
+            raise InputError(
+                f"the metadata has rows of {len(unknown):,} shards that the dataset does not "
+                f"have, such as {unknown[0]!r}: nothing was saved"
+            )
+        move_beside_shards(staging.url, self._units)
+        staging.delete()
+
+    def _saved_note(self, columns: Sequence[str] | None) -> dict[str, Any]:
+        """What tells one output of `save_metadata` from another."""
+        note = self._note
+        if columns is not None:
+            note["saved_columns"] = list(columns)
+        if self._metadata is not None:
+            note["query_sha256"] = plan_digest(self._metadata)
+        return note
+
+    def _write(self, output: ParquetOutput, columns: Sequence[str] | None) -> None:
+        if self._metadata is None and self.embedder is not None and columns is None:
+            options = JobOptions(plan="fused")
+            write_units(self.spark, self._source, self._recipe, output, options)
+            return
+        note, rows = self._saved_note(columns), self.metadata
+        kept = rows.columns if columns is None else [SHARD, *(c for c in columns if c != SHARD)]
+        if output.note() is None:
+            refuse_names(self._units, output.url)
+            schema = rows.select(*(f"`{name}`" for name in kept)).schema
+            output.begin(noted_schema(schema, self._recipe.result_columns, note), note)
+        refuse_another_note(
+            output.url, output.note() or {}, note, "or delete this one to start anew"
+        )
+        done = output.done()
+        if self._metadata is None:
+            rows = self._rows([unit for unit in self._units if unit.name not in done])
+        else:
+            # A shard's rows go to one task, which writes them whole, in the order they have.
+            rows = rows.where(~F.col(SHARD).isin(list(done))) if done else rows
+            rows = rows.withColumn("_order", F.monotonically_increasing_id())
+            rows = rows.repartition(F.col(SHARD)).sortWithinPartitions(SHARD, "_order")
+        rows = rows.select(*(f"`{name}`" for name in kept))
+        output.append(with_note(rows, self._recipe.result_columns, note))
 
     def to_webdataset(
         self,
@@ -246,6 +277,7 @@ class ImageTextPairDataset:
             JobError: the output was made in another way, or the run failed.
         """
         metadata = self.metadata
+        made_by = {n: v for n, v in self._recipe.describe().items() if n != "rows"}
         if dict(metadata.dtypes).get(filter_column) != "boolean":
             raise InputError(f"metadata has no column {filter_column!r} of booleans")
         return export_rows(
@@ -256,7 +288,7 @@ class ImageTextPairDataset:
             {
                 "filter_column": filter_column,
                 "query_sha256": plan_digest(metadata),
-                **self._made_by,
+                **made_by,
             },
             options=ExportOptions(
                 samples_per_shard=samples_per_shard,
@@ -266,70 +298,3 @@ class ImageTextPairDataset:
                 old_id_col=old_id_col or "source_key",
             ),
         )
-
-    def _move_beside_shards(self, staging: str) -> None:
-        """Give the rows of each shard the place and name of its sidecar.
-
-        Nothing is moved before every sidecar is whole: rows that Spark had shuffled, as
-        after a join, come in several files per shard.
-
-        Raises:
-            InputError: there are rows of a shard that the dataset does not have.
-        """
-        prefix, names = list_files(staging)
-        files_of: dict[str, list[str]] = {}
-        for name in names:
-            partition, _, _ = name.partition("/")
-            shard = unquote(partition.removeprefix(f"{SHARD}="))
-            files_of.setdefault(shard, []).append(prefix + name)
-        tar_of = {self._inputs.shard_name(path): path for path in self.tar_files}
-        unknown = sorted(files_of.keys() - tar_of.keys())
-        if unknown:
-            delete_directory(staging)
-            raise InputError(
-                f"the metadata has rows of {len(unknown):,} shards that the dataset does not "
-                f"have, such as {unknown[0]!r}: nothing was saved"
-            )
-        with ThreadPoolExecutor(16) as pool:
-            whole = list(pool.map(_merge_files, files_of.values()))
-            sidecars = [tar_of[shard].removesuffix(".tar") + ".parquet" for shard in files_of]
-            list(pool.map(move_file, whole, sidecars))
-
-
-def _merge_files(files: Sequence[str]) -> str:
-    """One Parquet file with the rows of several, a row group in memory at a time."""
-    if len(files) == 1:
-        return files[0]
-    merged = f"{files[0]}.merged"
-    with ExitStack() as stack:
-        # Spark counts tasks with five digits or more: a longer name is a later task's.
-        parts = [
-            pq.ParquetFile(stack.enter_context(open_input(file)))
-            for file in sorted(files, key=lambda name: (len(name), name))
-        ]
-        filesystem, path = resolve(merged)
-        stream = stack.enter_context(filesystem.open_output_stream(path))
-        schema = parts[0].schema_arrow  # with Spark's own schema and the provenance in its metadata
-        writer = stack.enter_context(pq.ParquetWriter(stream, schema, compression="zstd"))
-        for part in parts:
-            for number in range(part.num_row_groups):
-                writer.write_table(part.read_row_group(number))
-    return merged
-
-
-def _describe_unsized(classifier: ImageClassifier) -> dict[str, Any]:
-    try:
-        return classifier.describe()
-    except InputError:  # the stored embeddings' width will say which of LAION's files it is
-        variant = getattr(classifier, "variant", None)
-        return {"classifier": type(classifier).__qualname__, "variant": variant}
-
-
-def _with_stored_scores(metadata: DataFrame, classifiers: Sequence[ImageClassifier]) -> DataFrame:
-    for column in {classifier.embedding_column for classifier in classifiers}:
-        if column not in metadata.columns:
-            raise InputError(
-                f"the dataset has no column {column!r} of embeddings to classify: "
-                "embed it first with TimmImageEmbedder"
-            )
-    return score_embeddings(metadata, classifiers)

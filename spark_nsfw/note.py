@@ -17,9 +17,11 @@ from spark_nsfw.storage import list_files, open_input
 __all__ = [
     "PROVENANCE",
     "inspect_output",
+    "merged_note",
     "note_in",
     "package_version",
     "refuse_another_note",
+    "same_note",
 ]
 
 #: The key under which the columns' metadata holds the note.
@@ -32,6 +34,15 @@ def package_version() -> str:
         return version("spark-nsfw")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+def merged_note(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One note of what several have to say; where two have an entry, both entries' keys."""
+    note: dict[str, Any] = {"version": package_version()}
+    for part in parts:
+        for name, value in part.items():
+            note[name] = note[name] | value if name in note else value
+    return note
 
 
 def inspect_output(output: str) -> dict[str, list[str]]:
@@ -79,6 +90,11 @@ def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:
     return None
 
 
+def same_note(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether rows of both may stand in one output."""
+    return not any(_differences(before, now, ""))
+
+
 def refuse_another_note(
     output: str,
     before: dict[str, Any],
@@ -93,7 +109,8 @@ def refuse_another_note(
         remedy: what a person can do besides giving another output.
 
     Raises:
-        JobError: names both sides of every difference; where a file lies is none.
+        JobError: names both sides of every difference. Where a file of weights lies is none,
+            nor is the version of this package: what changes scores is noted by itself.
     """
     changed = sorted(_differences(before, now, ""))
     if changed:
@@ -109,5 +126,5 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for position, (one, other) in enumerate(zip(before, now, strict=True)):
             yield from _differences(one, other, f"{name}.{position}")
-    elif before != now and not name.endswith(".source"):
+    elif before != now and name != "version" and not name.endswith(".source"):
         yield f"{name.removeprefix('rows.')} was {json.dumps(before)}, is now {json.dumps(now)}"

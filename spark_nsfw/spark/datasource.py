@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -11,13 +12,14 @@ from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.read.columns import SHARDS_FOR_COLUMNS, infer_from_first
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, iter_sample_batches
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
+from spark_nsfw.read.source import Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
-from spark_nsfw.schema import IMAGE, sample_schema
-from spark_nsfw.spark.pools import reader_workers
-from spark_nsfw.spark.types import arrow_fields, spark_schema
+from spark_nsfw.schema import IMAGE
+from spark_nsfw.spark.cluster import reader_workers
+from spark_nsfw.spark.plans import iter_unit_rows
+from spark_nsfw.spark.types import arrow_schema, spark_schema
 
 if TYPE_CHECKING:
     from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
@@ -75,31 +77,29 @@ class WebDatasetSource(DataSource):
         Raises:
             InputError: no shards, or an option that cannot be.
         """
-        columns = _names(self.options.get("columns"))
-        captions = self._flag("captions", False)
-        passthrough: Sequence[pa.Field] = ()
-        if columns is None or columns:
-            shards = self._inputs.list_paths()[:SHARDS_FOR_COLUMNS]
-            passthrough = infer_from_first(shards, self._id_col, columns, captions)
-        fields = sample_schema(captions=captions, passthrough=passthrough)
-        images = self._flag("images", True)
-        return spark_schema(field for field in fields if images or field.name != IMAGE)
+        columns = self._source.schema()
+        if self._flag("images", True):
+            columns = columns.append(pa.field(IMAGE, pa.binary()))
+        return spark_schema(columns)
 
     def reader(self, schema: StructType) -> WebDatasetReader:
         """A reader of these columns, Spark's or the user's, and of nothing besides."""
-        extensions = _names(self.options.get("image_extensions"))
         names = schema.fieldNames()
-        captions = self._flag("captions", False)
-        own = {*sample_schema(captions=captions).names}
+        source = self._source
+        ours = {*source.schema(()).names, IMAGE}
+        own = [field for field in arrow_schema(schema) if field.name not in ours]
+        options = replace(source.options, images=IMAGE in names)
+        return WebDatasetReader(replace(source, options=options), source.schema(own), names)
+
+    @property
+    def _source(self) -> ShardSource:
         options = SampleOptions(
-            image_extensions=extensions or IMAGE_EXTENSIONS,
-            captions=captions,
-            id_col=self._id_col,
-            passthrough=tuple(field for field in arrow_fields(schema) if field.name not in own),
+            image_extensions=_names(self.options.get("image_extensions")) or IMAGE_EXTENSIONS,
+            captions=self._flag("captions", False),
+            id_col=str(self.options.get("id_col", "key")),
             max_image_bytes=int(self.options.get("max_image_bytes", MAX_MEMBER_BYTES)),
-            images=IMAGE in names,
         )
-        return WebDatasetReader(self._inputs, options, names)
+        return ShardSource(self._inputs, options, _names(self.options.get("columns")))
 
     @property
     def _inputs(self) -> ShardInputs:
@@ -108,10 +108,6 @@ class WebDatasetSource(DataSource):
         if "paths" in self.options:  # load([a, b]) hands over a list in JSON
             return ShardInputs.parse(json.loads(self.options["paths"]))
         raise InputError('no path: spark.read.format("webdataset").load(path)')
-
-    @property
-    def _id_col(self) -> str:
-        return str(self.options.get("id_col", "key"))
 
     def _flag(self, option: str, default: bool) -> bool:
         value = str(self.options.get(option, default)).lower()
@@ -124,32 +120,34 @@ class WebDatasetReader(DataSourceReader):
     """Reads shards, each in a partition of its own.
 
     Args:
-        inputs: where they are.
-        options: what is read of a sample.
+        source: what is read.
+        schema: the columns of its rows.
         names: the columns that are handed over, in this order.
     """
 
-    def __init__(self, inputs: ShardInputs, options: SampleOptions, names: Sequence[str]) -> None:
-        self.inputs = inputs
-        self.options = options
+    def __init__(self, source: ShardSource, schema: pa.Schema, names: Sequence[str]) -> None:
+        self.source = source
+        self.columns = schema
         self.names = list(names)
 
     def partitions(self) -> Sequence[InputPartition]:
         """One per shard."""
-        return [ShardPartition(path) for path in self.inputs.list_paths()]
+        return [ShardPartition(unit) for unit in self.source.units()]
 
     def read(self, partition: Any) -> Iterator[pa.RecordBatch]:
         """The samples of one shard."""
-        shard = partition.path, self.inputs.shard_name(partition.path)
-        for batch in iter_sample_batches([shard], self.options):
-            yield batch.select(self.names)
+        for rows, images in iter_unit_rows([partition.unit], self.source, self.columns):
+            arrays = dict(zip(rows.schema.names, rows.columns, strict=True))
+            if IMAGE in self.names:
+                arrays[IMAGE] = pa.array(images, pa.binary())
+            yield pa.RecordBatch.from_pydict({name: arrays[name] for name in self.names})
 
 
 class ShardPartition(InputPartition):
     """One shard."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

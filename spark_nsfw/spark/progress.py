@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from pyspark import SparkContext
+from pyspark.sql import SparkSession
 
 from spark_nsfw.schema import Status
 
@@ -27,7 +28,7 @@ class Progress:
     """Counts what the waves wrote, and tells.
 
     Args:
-        shards: names of those that the inputs have.
+        units: names of those that the source has.
         done: of these, done by earlier runs.
         style: ``lines`` tells a line per wave, ``json`` a JSON object per wave; ``auto`` is
             ``lines``, and on a terminal keeps a line about the wave under way below them.
@@ -36,14 +37,14 @@ class Progress:
 
     def __init__(
         self,
-        shards: Iterable[str],
+        units: Iterable[str],
         done: Iterable[str] = (),
         style: ProgressStyle = "auto",
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.shards = set(shards)
-        self.done = self.shards.intersection(done)
-        self.num_new_shards = 0
+        self.units = set(units)
+        self.done = self.units.intersection(done)
+        self.num_new_units = 0
         self.num_waves = 0
         self.num_by_status: Counter[str] = Counter()
         self._style = style
@@ -68,15 +69,23 @@ class Progress:
         """Since the run began."""
         return time.monotonic() - self._started
 
-    def add(self, shards: Sequence[str], num_by_status: Counter[str]) -> None:
+    def know(self, units: Iterable[str]) -> None:
+        """Count units that came later."""
+        self.units.update(units)
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Count no units that are gone."""
+        self.units.difference_update(units)
+        self.done &= self.units
+
+    def add(self, units: Sequence[str], num_by_status: Counter[str]) -> None:
         """Count a wave that is written, and tell."""
         self.num_waves += 1
-        self.num_new_shards += len(shards)
-        self.shards.update(shards)
-        self.done.update(shards)
+        self.num_new_units += len(units)
+        self.done.update(units)
         self.num_by_status += num_by_status
         if self._style == "json":
-            self.say(json.dumps(self._record(len(shards), num_by_status)))
+            self.say(json.dumps(self._record(len(units), num_by_status)))
         else:
             self.say(f"wave {self.num_waves}: {self._sentence()}")
 
@@ -90,31 +99,32 @@ class Progress:
 
     def _sentence(self) -> str:
         left = ""
-        num_left = len(self.shards) - len(self.done)
-        if self.num_new_shards and num_left:
-            seconds = num_left * self.seconds / self.num_new_shards
+        num_left = len(self.units) - len(self.done)
+        if self.num_new_units and num_left:
+            seconds = num_left * self.seconds / self.num_new_units
             left = f", {timedelta(seconds=round(seconds))} left"
         return (
-            f"{len(self.done):,} of {len(self.shards):,} shards done; this run: "
+            f"{len(self.done):,} of {len(self.units):,} shards done; this run: "
             f"{self.num_images:,} images scored, {self.num_failed:,} samples failed, "
             f"{self.num_images / self.seconds:,.1f} images/s{left}"
         )
 
-    def _record(self, num_shards: int, num_by_status: Counter[str]) -> dict[str, Any]:
+    def _record(self, num_units: int, num_by_status: Counter[str]) -> dict[str, Any]:
         return {
             "wave": self.num_waves,
-            "wave_shards": num_shards,
+            "wave_shards": num_units,
             "wave_rows_by_status": dict(num_by_status),
-            "num_shards": len(self.shards),
+            "num_shards": len(self.units),
             "num_shards_done": len(self.done),
             "num_images": self.num_images,
             "num_failed": self.num_failed,
             "seconds": round(self.seconds, 3),
         }
 
-    def watch(self, context: SparkContext) -> None:
+    def watch(self, spark: SparkSession) -> None:
         """Keep a line about the wave under way on the terminal, until `finish`."""
-        if self._live:
+        context = getattr(spark, "_sc", None)
+        if self._live and context is not None:
             threading.Thread(target=self._refresh, args=(context,), daemon=True).start()
 
     def _refresh(self, context: SparkContext) -> None:

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["active_or_local_session"]
+__all__ = ["active_or_local_session", "session_settings"]
 
 
 def active_or_local_session() -> SparkSession:
@@ -64,3 +64,29 @@ def _terminations_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class session_settings:  # noqa: N801  # reads as a verb at its call sites
+    """Runtime settings of a session for the length of a with block.
+
+    Args:
+        spark: the session.
+        settings: values by name; names that this Spark lacks are fine.
+    """
+
+    def __init__(self, spark: SparkSession, settings: dict[str, str]) -> None:
+        self._spark = spark
+        self._settings = settings
+        self._before: dict[str, str | None] = {}
+
+    def __enter__(self) -> None:
+        for name, value in self._settings.items():
+            self._before[name] = self._spark.conf.get(name, None)
+            self._spark.conf.set(name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                self._spark.conf.unset(name)
+            else:
+                self._spark.conf.set(name, value)

@@ -9,8 +9,8 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from spark_nsfw.schema import SHARD, STATUS, Status
-from spark_nsfw.spark.writer import read_provenance
+from spark_nsfw.schema import STATUS, Status
+from spark_nsfw.spark.output import read_note
 
 __all__ = ["ScoreSummary", "Summary", "summarize"]
 
@@ -40,7 +40,7 @@ class Summary:
         num_samples: rows that stand for a sample.
         num_by_status: rows by status, those that stand for a shard included.
         scores: by score column; empty where nothing was scored.
-        provenance: the note of `spark_nsfw.note.provenance`.
+        provenance: the note of what made it.
         num_new_images: images that this run scored.
         seconds: that scoring them took, from the first shard listed to the last row written.
     """
@@ -117,10 +117,19 @@ def weights_lines(provenance: dict[str, Any]) -> list[str]:
     return lines
 
 
-def summarize(metadata: DataFrame, output: str, score_columns: Sequence[str]) -> Summary:
-    """Count rows and look at the distribution of scores, in one pass over the small columns."""
+def summarize(
+    metadata: DataFrame, output: str, score_columns: Sequence[str], num_shards: int
+) -> Summary:
+    """Count rows and look at the distribution of scores, in one pass over the small columns.
+
+    Args:
+        metadata: all rows of an output.
+        output: where it is.
+        score_columns: those that are there are summed up.
+        num_shards: that have rows, as the output's listing told.
+    """
     kept = [column for column in score_columns if column in metadata.columns]
-    aggregates = []
+    aggregates = [F.count(F.lit(1)).alias("num_rows")]
     for column in kept:
         score = F.col(f"`{column}`")
         aggregates += [
@@ -128,23 +137,23 @@ def summarize(metadata: DataFrame, output: str, score_columns: Sequence[str]) ->
             F.count(score),
             F.sum((score > 0.5).cast("long")),
         ]
-    counted = metadata.groupBy(STATUS).count().collect()
-    num_by_status = {row[STATUS]: row["count"] for row in counted}
-    overall = metadata.agg(F.count_distinct(F.col(SHARD)), *aggregates).collect()[0]
+    found = {row[STATUS]: row for row in metadata.groupBy(STATUS).agg(*aggregates).collect()}
+    num_by_status = {status: row["num_rows"] for status, row in found.items()}
     scores = {}
-    for index, column in enumerate(kept):
-        quantiles, count, above = overall[1 + 3 * index : 4 + 3 * index]
+    scored = found.get(Status.OK.value)  # rows of another status have no score
+    for index, column in enumerate(kept if scored is not None else []):
+        quantiles, count, above = scored[2 + 3 * index : 5 + 3 * index]
         if count:
             scores[column] = ScoreSummary(
                 dict(zip(_QUANTILES, quantiles, strict=True)), above / count
             )
     return Summary(
         output=output,
-        num_shards=overall[0],
+        num_shards=num_shards,
         num_samples=sum(
             count for status, count in num_by_status.items() if not Status(status).is_shard_level
         ),
         num_by_status=num_by_status,
         scores=scores,
-        provenance=read_provenance(metadata.schema) or {},
+        provenance=read_note(metadata.schema) or {},
     )

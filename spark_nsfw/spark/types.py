@@ -8,7 +8,7 @@ import pyarrow as pa
 from pyspark.sql.pandas.types import from_arrow_type, to_arrow_type
 from pyspark.sql.types import StructField, StructType
 
-__all__ = ["arrow_fields", "spark_schema"]
+__all__ = ["arrow_schema", "spark_schema"]
 
 
 def spark_schema(fields: Iterable[pa.Field]) -> StructType:
@@ -21,6 +21,6 @@ def spark_schema(fields: Iterable[pa.Field]) -> StructType:
     )
 
 
-def arrow_fields(schema: StructType) -> list[pa.Field]:
-    """The Arrow columns that these Spark columns came from."""
-    return [pa.field(field.name, to_arrow_type(field.dataType)) for field in schema]
+def arrow_schema(schema: StructType) -> pa.Schema:
+    """The Arrow columns that hold these Spark columns."""
+    return pa.schema([pa.field(field.name, to_arrow_type(field.dataType)) for field in schema])

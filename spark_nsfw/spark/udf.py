@@ -1,12 +1,9 @@
-"""The scorer inside Spark: a pandas UDF for image columns, and the two plans built on it.
-
-Both plans are the same generators. The DataFrame plan passes image bytes through
-Spark between reader and scorer; the fused plan reads and scores in one Python worker.
-"""
+"""A pandas UDF that scores a column of encoded images, for any DataFrame."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,33 +11,15 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.functions import pandas_udf  # type: ignore[attr-defined]
-from pyspark.sql.types import FloatType, StructField, StructType
 
-from spark_nsfw.read.embeddings import score_column
-from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.read.shards import SampleOptions, iter_sample_rows
-from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_schema
+from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
-from spark_nsfw.score.scorer import fields_of
-from spark_nsfw.spark.reader import iter_shards
+from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.types import spark_schema
-from spark_nsfw.spark.workers import scorer_identity, worker_device, worker_scorer
+from spark_nsfw.spark.worker import recipe_identity, worker_scorer
 
-__all__ = ["nsfw_udf", "score_embeddings", "score_samples", "score_shards"]
-
-
-def settled(
-    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier] | None
-) -> list[ImageClassifier]:
-    """The classifiers for this embedder, every weight file found and its sha256 known.
-
-    What does not fit is refused here, on the driver, before any task starts; the workers
-    check their own copies of the files against the sha256.
-    """
-    embedder.pin_weights()
-    chosen = embedder.classifiers if classifiers is None else classifiers
-    return [classifier.for_embedding_size(embedder.embedding_size) for classifier in chosen]
+__all__ = ["nsfw_udf", "score_column", "score_samples"]
 
 
 def nsfw_udf(
@@ -65,34 +44,10 @@ def nsfw_udf(
         device: a torch device; by default the task's GPU if there is one.
         keep_embeddings: whether the struct has the embedding.
     """
-    chosen = settled(embedder, classifiers)
-    fields = [
-        pa.field(STATUS, pa.string()),
-        pa.field(ERROR_MESSAGE, pa.string()),
-        *fields_of(embedder, chosen, keep_embeddings),
-    ]
-
-    identity = scorer_identity(embedder, chosen, keep_embeddings)
-
-    @pandas_udf(spark_schema(fields))
-    def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
-        scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
-        batches = ((_all_ok(len(series)), series.tolist()) for series in images)
-        for batch in scorer.score_images(batches):
-            yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
-
-    return score
-
-
-def _all_ok(num_rows: int) -> pa.RecordBatch:
-    """What is known of images before they are scored."""
-    columns = [pa.array([Status.OK.value] * num_rows), pa.nulls(num_rows, pa.string())]
-    return pa.RecordBatch.from_arrays(columns, names=[STATUS, ERROR_MESSAGE])
-
-
-def _series(array: pa.Array) -> pd.Series:
-    """Arrow → pandas, lists as numpy arrays and null scores as missing, never as NaN."""
-    return pd.Series(array.to_numpy(zero_copy_only=False), dtype=object)
+    recipe = Recipe.of(
+        embedder, classifiers, device=device, keep_embeddings=keep_embeddings
+    ).ready()
+    return _score_udf(recipe, recipe_identity(recipe))
 
 
 def score_samples(
@@ -103,7 +58,7 @@ def score_samples(
     device: str | None = None,
     keep_embeddings: bool = True,
 ) -> DataFrame:
-    """DataFrame plan: rows with image bytes → metadata rows, by `nsfw_udf`.
+    """Rows with image bytes → metadata rows, by `nsfw_udf`.
 
     Args:
         samples: from `read_webdataset`, or any DataFrame with a binary column ``image``.
@@ -112,10 +67,25 @@ def score_samples(
     Returns:
         The columns of ``samples`` without ``image``, then the results.
     """
-    chosen = embedder.classifiers if classifiers is None else tuple(classifiers)
-    udf = nsfw_udf(embedder, chosen, device=device, keep_embeddings=keep_embeddings)
-    results = [field.name for field in fields_of(embedder, chosen, keep_embeddings)]
-    scored = samples.withColumn("_scored", udf(F.col(IMAGE)))
+    recipe = Recipe.of(
+        embedder, classifiers, device=device, keep_embeddings=keep_embeddings
+    ).ready()
+    return score_column(samples, recipe, recipe_identity(recipe))
+
+
+def score_column(
+    samples: DataFrame, recipe: Recipe, identity: str, counts: Any = None
+) -> DataFrame:
+    """As `score_samples`, by a recipe that is ready.
+
+    Args:
+        samples: as for `score_samples`.
+        recipe, identity: what is computed, and its `recipe_identity`.
+        counts: an accumulator of `spark_nsfw.spark.plans.StatusCounts`, for the rows that
+            have an image.
+    """
+    results = recipe.result_columns
+    scored = samples.withColumn("_scored", _score_udf(recipe, identity, counts)(F.col(IMAGE)))
     own = [name for name in samples.columns if name not in (IMAGE, STATUS, ERROR_MESSAGE, *results)]
     status, message = F.col(f"_scored.{STATUS}"), F.col(f"_scored.{ERROR_MESSAGE}")
     if STATUS in samples.columns:  # what the reader found comes first
@@ -132,61 +102,40 @@ def score_samples(
     )
 
 
-def score_shards(
-    paths: DataFrame,
-    inputs: ShardInputs,
-    options: SampleOptions,
-    embedder: TimmImageEmbedder,
-    classifiers: Sequence[ImageClassifier] | None = None,
-    *,
-    device: str | None = None,
-    keep_embeddings: bool = True,
-) -> DataFrame:
-    """Fused plan: paths of shards → metadata rows, in one Python worker.
+def _score_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
+    fields = [
+        pa.field(STATUS, pa.string()),
+        pa.field(ERROR_MESSAGE, pa.string()),
+        *recipe.result_fields,
+    ]
 
-    No image byte leaves the worker, and no binary column keeps RAPIDS off the GPU.
+    @pandas_udf(spark_schema(fields))
+    def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
+        scorer = worker_scorer(recipe, identity)
+        num_null: list[int] = []
 
-    Args:
-        paths: one row per shard, column ``path``.
-        inputs: names the shards.
-        options: how shards become rows.
-        embedder, classifiers, device, keep_embeddings: as for `nsfw_udf`.
-    """
-    chosen = settled(embedder, classifiers)
-    schema = metadata_schema(options.schema, fields_of(embedder, chosen, keep_embeddings))
-    identity = scorer_identity(embedder, chosen, keep_embeddings)
+        def rows() -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+            for series in images:
+                num_null.append(int(series.isna().sum()))
+                yield _all_ok(len(series)), series.tolist()
 
-    def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
-        return scorer.score_images(iter_sample_rows(iter_shards(batches, inputs), options))
+        for batch in scorer.score_rows(rows()):
+            if counts is not None:
+                by_status = Counter(batch.column(STATUS).to_pylist())
+                by_status[Status.IMAGE_MISSING.value] -= num_null.pop(0)
+                counts.add(by_status)
+            yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
 
-    return paths.mapInArrow(score, spark_schema(schema))
+    # Else Spark evaluates it twice where a filter stands on its result.
+    return score.asNondeterministic()
 
 
-def score_embeddings(
-    rows: DataFrame, classifiers: Sequence[ImageClassifier], *, device: str | None = None
-) -> DataFrame:
-    """Rows with stored embeddings → the same rows with a score column (float) per classifier.
+def _all_ok(num_rows: int) -> pa.RecordBatch:
+    """What is known of images before they are scored."""
+    columns = [pa.array([Status.OK.value] * num_rows), pa.nulls(num_rows, pa.string())]
+    return pa.RecordBatch.from_arrays(columns, names=[STATUS, ERROR_MESSAGE])
 
-    A row whose embedding is null, not finite, or not of the width that the classifier takes
-    has a null score; where it takes several, the commonest of the Arrow batch counts.
 
-    Args:
-        rows: with a column (array<float>) of each classifier's ``embedding_column``.
-        classifiers: a column of the name of a score is replaced.
-        device: a torch device; by default the task's GPU if there is one.
-    """
-    scores = {classifier.pred_column: classifier for classifier in classifiers}
-    kept = [field for field in rows.schema if field.name not in scores]
-    schema = StructType([*kept, *(StructField(name, FloatType()) for name in scores)])
-
-    def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        chosen = worker_device(device)
-        for batch in batches:
-            arrays = [batch.column(field.name) for field in kept]
-            for classifier in scores.values():
-                embeddings = batch.column(classifier.embedding_column)
-                arrays += score_column(embeddings, None, [classifier], chosen)[0]
-            yield pa.RecordBatch.from_arrays(arrays, names=schema.names)
-
-    return rows.mapInArrow(score, schema)
+def _series(array: pa.Array) -> pd.Series:
+    """Arrow → pandas, lists as numpy arrays and null scores as missing, never as NaN."""
+    return pd.Series(array.to_numpy(zero_copy_only=False), dtype=object)

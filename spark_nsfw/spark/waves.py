@@ -1,101 +1,139 @@
-"""A wave of shards, written whole, whatever one of them does to its worker."""
+"""A wave of units, written whole, whatever one of them does to its worker."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
 
 from spark_nsfw.errors import JobError
+from spark_nsfw.read.source import Unit
 
-__all__ = ["Crashes", "reason", "write_apart"]
-
-Count = TypeVar("Count")
+__all__ = ["Crashes", "WaveSizes", "reason", "write_apart"]
 
 #: What Spark says when a Python worker or its executor died, or had no memory left.
 _CRASH = re.compile(
     r"Python worker exited unexpectedly|ExecutorLostFailure|\b(_Array)?MemoryError\b"
 )
 
-#: So many shards are not to blame, if nothing else of a run could be written before them.
+#: So many units are not to blame, if nothing else of a run could be written before them.
 _MAX_CRASHES_AT_FIRST = 4
 
+#: A wave takes about so long. Its end leaves slots idle while the last units finish; its
+#: length is what a kill can cost where a store takes files only at the end of a write.
+_WAVE_SECONDS = 300.0
 
-class Crashes(Generic[Count]):
-    """The shards of a run that kill their workers.
+#: Units of the first wave for each slot, and of any wave at least.
+_FIRST_UNITS_PER_SLOT, _LEAST_UNITS_PER_SLOT = 32, 8
+
+#: Units in a wave, at most, and how much larger one may be than the one before.
+_MOST_UNITS, _GROWTH = 20_000, 8
+
+
+class WaveSizes:
+    """How many units the next wave has, so that it takes about five minutes.
+
+    Args:
+        num_slots: tasks that run at a time.
+        fixed: units in every wave; None goes by the time that waves take.
+    """
+
+    def __init__(self, num_slots: int, fixed: int | None = None) -> None:
+        self._fixed = fixed
+        self._least = _LEAST_UNITS_PER_SLOT * num_slots
+        self._next = _FIRST_UNITS_PER_SLOT * num_slots
+
+    @property
+    def next(self) -> int:
+        """Units in the next wave."""
+        return self._fixed or self._next
+
+    def took(self, num_units: int, seconds: float) -> None:
+        """Learn from a wave that is written."""
+        fitting = int(num_units * _WAVE_SECONDS / max(seconds, 1e-3))
+        self._next = max(self._least, min(fitting, _GROWTH * num_units, _MOST_UNITS))
+
+
+class Crashes:
+    """The units of a run that kill their workers.
 
     Until something is written, it may as well be the cluster that kills them: they wait,
     and where there are several of them, the run fails.
 
     Args:
-        set_aside: is given the path of a shard that kills its worker, and the error.
+        set_aside: is given a unit that kills its worker, and the error.
     """
 
-    def __init__(self, set_aside: Callable[[str, str], Count]) -> None:
+    def __init__(self, set_aside: Callable[[Unit, str], None]) -> None:
         self._set_aside = set_aside
-        self._waiting: list[tuple[str, str]] = []
+        self._waiting: list[tuple[Unit, str]] = []
         self._workers_live = False
 
-    def add(self, shard: str, error: str) -> list[Count]:
-        """Set a shard aside, as soon as it is sure that it is to blame.
+    def add(self, unit: Unit, error: str) -> None:
+        """Set a unit aside, as soon as it is sure that it is to blame.
 
         Raises:
-            JobError: nothing but such shards was met so far; none of them is set aside.
+            JobError: nothing but such units was met so far; none of them is set aside.
         """
-        self._waiting.append((shard, error))
+        self._waiting.append((unit, error))
         if self._workers_live:
-            return self.blame_shards()
-        if len(self._waiting) >= _MAX_CRASHES_AT_FIRST:
+            self.blame_units()
+        elif len(self._waiting) >= _MAX_CRASHES_AT_FIRST:
             raise JobError(
                 f"every worker died, with each of the first {len(self._waiting)} shards alone: "
                 f"{error}. No shard is set aside for it. Check the memory of executors "
                 "(spark.executor.memoryOverhead), the batch size, and that the libraries of the "
-                f"workers run there at all; the shards are {', '.join(s for s, _ in self._waiting)}"
+                "workers run there at all; the shards are "
+                f"{', '.join(unit.place for unit, _ in self._waiting)}"
             )
-        return []
 
-    def blame_shards(self) -> list[Count]:
-        """Set aside all that wait: workers live with other shards, or there are no others."""
+    def blame_units(self) -> None:
+        """Set aside all that wait: workers live with other units, or there are no others."""
         waiting, self._waiting = self._waiting, []
-        return [self._set_aside(*crash) for crash in waiting]
+        for unit, error in waiting:
+            self._set_aside(unit, error)
 
-    def written(self) -> list[Count]:
+    def written(self) -> None:
         """Something was written: workers do live."""
         self._workers_live = True
-        return self.blame_shards()
+        self.blame_units()
 
 
 def write_apart(
-    shards: Sequence[str], write: Callable[[Sequence[str]], Count], crashes: Crashes[Count]
-) -> list[Count]:
-    """Write shards together; where a worker dies of one, in halves, until it is alone.
+    units: Sequence[Unit],
+    write: Callable[[Sequence[Unit]], None],
+    missing: Callable[[Sequence[Unit]], Sequence[Unit]],
+    crashes: Crashes,
+) -> None:
+    """Write units together; where a worker dies of one, in halves, until it is alone.
 
     Args:
-        shards: their paths.
-        write: scores shards and replaces their rows; may be called again for the same ones.
+        units: that are not written yet.
+        write: scores units and appends their rows.
+        missing: says which of some units are not written; asked after every crash, since a
+            write that failed may have published some of its units.
         crashes: of the run, earlier waves included.
-
-    Returns:
-        What the calls that succeeded gave, one for each part.
 
     Raises:
         JobError: workers die of whatever they are given.
-        Exception: whatever else went wrong; it is not the shards' fault.
+        Exception: whatever else went wrong; it is not the units' fault.
     """
     try:
-        counts = [write(shards)]
+        write(units)
     except Exception as exc:
         if not _CRASH.search(str(exc)):
             raise
-        if len(shards) == 1:
-            return crashes.add(shards[0], reason(exc))
+        left = missing(units)
+        if len(left) < len(units):
+            crashes.written()
+        elif len(units) == 1:
+            crashes.add(units[0], reason(exc))
+            return
+        half = (len(left) + 1) // 2
+        for part in (left[:half], left[half:]):
+            if part:
+                write_apart(part, write, missing, crashes)
     else:
-        return [*counts, *crashes.written()]
-    half = len(shards) // 2
-    return [
-        *write_apart(shards[:half], write, crashes),
-        *write_apart(shards[half:], write, crashes),
-    ]
+        crashes.written()
 
 
 def reason(error: BaseException) -> str:

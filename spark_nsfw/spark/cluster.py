@@ -1,0 +1,89 @@
+"""What a session's cluster has: slots, executors, GPUs, and pools of Python workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import SparkSession
+
+from spark_nsfw.errors import InputError
+from spark_nsfw.spark.worker import NO_GPU, kind_of_device
+
+__all__ = ["device_kind", "num_executors", "num_slots", "reader_workers"]
+
+#: Slots where nobody tells how many there are, as through Spark Connect.
+_SLOTS_UNKNOWN = 16
+
+_ROLE_VARIABLE = "SPARK_NSFW_ROLE"
+
+#: The environment is the context's, and threads share that.
+_lock = threading.RLock()
+
+
+def num_slots(spark: SparkSession) -> int:
+    """Tasks that run at a time: what the cores allow, or the GPUs if those are fewer.
+
+    Counts executors that have registered; with dynamic allocation there may be more later.
+    """
+    if not hasattr(spark, "_jsparkSession"):
+        return _SLOTS_UNKNOWN
+    context, conf = spark.sparkContext, spark.sparkContext.getConf()
+    slots = context.defaultParallelism // int(conf.get("spark.task.cpus", "1"))
+    gpus = int(conf.get("spark.executor.resource.gpu.amount", "0"))
+    per_task = float(conf.get("spark.task.resource.gpu.amount", "0"))
+    if gpus and per_task:
+        # Tasks may share a GPU; none has parts of two.
+        per_executor = gpus * int(1 / per_task) if per_task < 1 else int(gpus / per_task)
+        slots = min(slots, max(1, num_executors(spark)) * per_executor)
+    return max(1, slots)
+
+
+def num_executors(spark: SparkSession) -> int:
+    """Executors that have registered, or as many as were asked for if those are more."""
+    context: Any = spark.sparkContext
+    registered = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1  # and the driver
+    return max(registered, int(context.getConf().get("spark.executor.instances", "0")))
+
+
+def device_kind(spark: SparkSession, device: str | None = None) -> str:
+    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
+
+    Raises:
+        InputError: it should be a GPU and there is none.
+    """
+
+    def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            yield pa.RecordBatch.from_arrays([pa.array([kind_of_device(device)])], names=["kind"])
+
+    row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
+    if row["kind"] == NO_GPU:
+        raise InputError(
+            f"device {device or 'cuda'}: torch sees no GPU on the machine of a worker; check "
+            "nvidia-smi and torch.cuda.is_available() there, or take --device cpu"
+        )
+    return str(row["kind"])
+
+
+@contextmanager
+def reader_workers(spark: SparkSession) -> Iterator[None]:
+    """Functions that are handed to Spark inside run in Python workers of their own.
+
+    Spark pools idle workers by environment, not by function: a worker that read shards
+    could be given images to score next, and a second model would be loaded. Spark
+    Connect cannot set a worker's environment; there this does nothing.
+    """
+    context = getattr(spark, "_sc", None)
+    if context is None:
+        yield
+        return
+    with _lock:
+        context.environment[_ROLE_VARIABLE] = "reader"
+        try:
+            yield
+        finally:
+            del context.environment[_ROLE_VARIABLE]

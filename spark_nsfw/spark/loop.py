@@ -1,0 +1,266 @@
+"""The loop: what the source has and the output lacks, scored and appended in waves.
+
+::
+
+    missing = [unit for unit in source.units() if unit.name not in output.done()]
+    for wave in waves(missing):
+        output.append(metadata_rows(wave, source, recipe))
+
+The output is the only record of what is done. A unit's rows appear in it whole or not at
+all, so a run that was killed goes on with the difference, deleting a partition is asking for
+it anew, and two runs side by side cost work, not rows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from spark_nsfw.errors import InputError, JobError, JobStoppedError, NothingToReadError
+from spark_nsfw.read.source import Source, Unit
+from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_schema
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.cluster import num_slots
+from spark_nsfw.spark.output import MAX_UNITS_PER_TASK, Output, with_note
+from spark_nsfw.spark.plans import PLANS, Plan, StatusCounts, metadata_rows
+from spark_nsfw.spark.progress import Progress, ProgressStyle
+from spark_nsfw.spark.types import spark_schema
+from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
+from spark_nsfw.use.metadata import refuse_names
+
+__all__ = ["STOP_POLL_SECONDS", "JobOptions", "Run"]
+
+#: Tasks that a slot gets in a wave, so that slow units do not queue behind each other.
+_TASKS_PER_SLOT = 8
+
+#: How often a run scores units whose rows do not turn up.
+_MAX_ROUNDS = 3
+
+#: Seconds between two looks at whether to stop, and at what has come, at least.
+STOP_POLL_SECONDS = 0.5
+_WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a run goes.
+
+    Attributes:
+        plan: ``dataframe`` passes images through Spark, ``fused`` reads and scores in
+            one Python worker; the rows are the same.
+        shards_per_wave: units that are scored and written together; None takes as many as
+            take about five minutes.
+        allow_changes: go on with an output that was begun with other models.
+        watch: keep running, and score units as they arrive, until stopped.
+        settle_seconds: with ``watch``, a unit is read once it has not changed for so long.
+        progress: how the run tells what it does, see `spark_nsfw.spark.progress.Progress`.
+
+    Raises:
+        InputError: a value that cannot work.
+    """
+
+    plan: Plan = "dataframe"
+    shards_per_wave: int | None = None
+    allow_changes: bool = False
+    watch: bool = False
+    settle_seconds: float = 30.0
+    progress: ProgressStyle = "auto"
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLANS:
+            raise InputError(f"plan is {' or '.join(map(repr, PLANS))}, not {self.plan!r}")
+        if self.shards_per_wave is not None and self.shards_per_wave < 1:
+            raise InputError("shards_per_wave is at least 1")
+
+
+@dataclass
+class Run:
+    """What the waves of a run share."""
+
+    spark: SparkSession
+    source: Source
+    recipe: Recipe
+    output: Output
+    options: JobOptions
+    stop: threading.Event
+    note: dict[str, Any]
+    schema: pa.Schema
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.slots = num_slots(self.spark)
+        self.sizes = WaveSizes(self.slots, self.options.shards_per_wave)
+        self.crashes = Crashes(self._set_aside)
+        context = getattr(self.spark, "_sc", None)  # Spark Connect has none, and no counts
+        self.counts = None if context is None else context.accumulator(Counter(), StatusCounts())
+        self.num_set_aside = 0
+
+    def keep_watching(self) -> None:
+        """Write units as they arrive, until stopped.
+
+        Raises:
+            JobStoppedError: stopped while there were some left.
+        """
+        pause = _WATCH_SECONDS
+        while not self.stop.wait(pause):
+            began = time.monotonic()
+            units = self._listed()
+            pause = max(_WATCH_SECONDS, 10 * (time.monotonic() - began))
+            self.write_difference(units)
+        missing = self._missing(self._listed())
+        if missing:
+            raise self._stopped()
+
+    def write_difference(self, units: Sequence[Unit]) -> None:
+        """Write every unit that the output does not have, wave by wave.
+
+        Raises:
+            JobError: a wave failed, or rows do not turn up.
+            JobStoppedError: the run was stopped, and there are some left.
+        """
+        self.progress.know(unit.name for unit in units)
+        missing = self._missing(units)
+        for _ in range(_MAX_ROUNDS):
+            missing = self._settled(missing)
+            position = 0
+            while position < len(missing):
+                wave = missing[position : position + self.sizes.next]
+                self._write_wave(wave)
+                position += len(wave)
+            if not missing:
+                return
+            with self._told():
+                self.crashes.blame_units()  # there are no others by which to tell
+            # That a write returned proves nothing: what counts is what is there.
+            missing = self._missing(missing)
+            if missing:
+                missing = self._still_there(missing)
+        if missing:
+            raise JobError(
+                f"{len(missing):,} shards have no rows after {_MAX_ROUNDS} tries, such as "
+                f"{missing[0].place}: run again to resume"
+            )
+
+    def _listed(self) -> list[Unit]:
+        try:
+            units = self.source.units()
+        except NothingToReadError:
+            return []
+        refuse_names(units, self.output.url)
+        return units
+
+    def _missing(self, units: Sequence[Unit]) -> list[Unit]:
+        done = self.output.done()
+        self.progress.done = done & self.progress.units
+        return [unit for unit in units if unit.name not in done]
+
+    def _settled(self, units: Sequence[Unit]) -> list[Unit]:
+        """With ``watch``, those that nobody has changed for a while."""
+        if not self.options.watch:
+            return list(units)
+        latest = time.time() - self.options.settle_seconds
+        return [unit for unit in units if unit.modified_seconds <= latest]
+
+    def _still_there(self, missing: Sequence[Unit]) -> list[Unit]:
+        """Those of some units that are still listed; the others are told."""
+        names = {unit.name for unit in self._listed()}
+        gone = [unit.place for unit in missing if unit.name not in names]
+        if gone:
+            self.progress.say(
+                f"{len(gone):,} shards are gone since they were listed, such as {gone[0]}: "
+                "they have no rows"
+            )
+            self.progress.forget(unit.name for unit in missing if unit.name not in names)
+        return [unit for unit in missing if unit.name in names]
+
+    def _write_wave(self, units: Sequence[Unit]) -> None:
+        if self.stop.is_set():
+            raise self._stopped()
+        began, before = time.monotonic(), self._counted()
+        with self._told():
+            write_apart(units, self._write, self._missing, self.crashes)
+        self.sizes.took(len(units), time.monotonic() - began)
+        self.progress.add([unit.name for unit in units], self._counted() - before)
+
+    def _counted(self) -> Counter[str]:
+        counted = Counter() if self.counts is None else Counter(self.counts.value)
+        if self.num_set_aside:
+            counted[Status.SHARD_CRASHED.value] += self.num_set_aside
+        return counted
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Spark's errors inside as one line, or as the stop that they are."""
+        try:
+            with self._cancelled_when_stopped():
+                yield
+        except (PySparkException, Py4JJavaError) as exc:
+            if self.stop.is_set():
+                raise self._stopped() from exc
+            raise JobError(f"a wave of shards failed, run again to resume: {reason(exc)}") from exc
+
+    @contextmanager
+    def _cancelled_when_stopped(self) -> Iterator[None]:
+        """Spark's jobs inside end when the run is to stop."""
+        context = getattr(self.spark, "_sc", None)
+        if context is None:
+            yield
+            return
+        group, finished = f"spark-nsfw {uuid.uuid4()}", threading.Event()
+
+        def cancel() -> None:
+            while not finished.wait(STOP_POLL_SECONDS):
+                if self.stop.is_set():
+                    context.cancelJobGroup(group)
+
+        context.setJobGroup(group, "spark-nsfw: a wave of shards", interruptOnCancel=True)
+        watcher = threading.Thread(target=cancel, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            watcher.join()
+            context.setLocalProperty("spark.jobGroup.id", None)
+            context.setLocalProperty("spark.job.description", None)
+            context.setLocalProperty("spark.job.interruptOnCancel", None)
+
+    def _stopped(self) -> JobStoppedError:
+        return JobStoppedError(
+            f"stopped after {self.progress.num_new_units:,} shards in this run; "
+            "the same command goes on from there"
+        )
+
+    def _write(self, units: Sequence[Unit]) -> None:
+        """Score units and append their rows."""
+        num_tasks = max(_TASKS_PER_SLOT * self.slots, -(-len(units) // MAX_UNITS_PER_TASK))
+        rows = metadata_rows(
+            self.spark, units, self.source, self.recipe, self.schema, self.options.plan,
+            num_tasks=num_tasks, counts=self.counts,
+        )  # fmt: skip
+        self.output.append(with_note(rows, self.recipe.result_columns, self.note))
+
+    def _set_aside(self, unit: Unit, error: str) -> None:
+        """Write one row for a unit that kills its worker."""
+        columns = spark_schema(metadata_schema(self.schema, self.recipe.result_fields))
+        row = {
+            SHARD: unit.name,
+            STATUS: Status.SHARD_CRASHED.value,
+            ERROR_MESSAGE: f"every worker that read it died: {error}",
+        }
+        values = tuple(row.get(name) for name in columns.names)
+        rows = self.spark.createDataFrame([values], columns).coalesce(1)
+        self.output.append(with_note(rows, self.recipe.result_columns, self.note))
+        self.num_set_aside += 1
+        self.progress.say(f"set aside {unit.place}: {error}")

@@ -1,0 +1,174 @@
+"""Where metadata goes: Parquet partitioned by shard, and the only record of what is done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructField, StructType
+
+from spark_nsfw.errors import JobError
+from spark_nsfw.note import PROVENANCE
+from spark_nsfw.schema import SHARD
+from spark_nsfw.spark.committer import committer_of
+from spark_nsfw.spark.session import session_settings
+from spark_nsfw.spark.types import arrow_schema
+from spark_nsfw.storage import absolute, hadoop_path
+from spark_nsfw.use.metadata import MetadataFiles
+
+__all__ = ["Output", "ParquetOutput", "noted_schema", "read_note", "with_note"]
+
+_log = logging.getLogger(__name__)
+
+#: Writers that a task keeps open, one per shard. Up to this number Spark does not sort
+#: the rows by shard before it writes them, and so leaves them in their unit's order.
+MAX_UNITS_PER_TASK = 64
+
+
+class Output(Protocol):
+    """Where a run writes."""
+
+    url: str
+
+    def note(self) -> dict[str, Any] | None:
+        """What made its rows; None if it is not begun."""
+        ...
+
+    def schema(self) -> StructType | None:
+        """Its columns; None if it is not begun."""
+        ...
+
+    def begin(self, schema: StructType, note: dict[str, Any]) -> None:
+        """Make it ready for rows of these columns."""
+        ...
+
+    def done(self) -> set[str]:
+        """Names of the units whose rows it has."""
+        ...
+
+    def append(self, rows: DataFrame) -> None:
+        """Add rows of units that it does not have."""
+        ...
+
+    def rows(self) -> DataFrame:
+        """All its rows."""
+        ...
+
+    def delete(self) -> list[str]:
+        """Delete what runs have written; returns what else is there, and stays."""
+        ...
+
+
+class ParquetOutput:
+    """A directory of Parquet files with a partition ``shard=…`` for each unit.
+
+    Args:
+        spark: classic or Connect.
+        url: a path or URL that Spark writes to.
+    """
+
+    def __init__(self, spark: SparkSession, url: str) -> None:
+        self.url = absolute(hadoop_path(url)).rstrip("/")
+        self._spark = spark
+        self._files = MetadataFiles(self.url)
+        self._committer = committer_of(spark, self.url)
+        _log.info("%s is written by %s", self.url, self._committer.name)
+
+    def note(self) -> dict[str, Any] | None:
+        """What made its rows, empty if nothing was noted; None if it is not begun."""
+        return self._files.note()
+
+    def schema(self) -> StructType | None:
+        """Its columns without ``shard``; None if it is not begun."""
+        found = self._files.spark_schema()
+        return None if found is None else StructType.fromJson(json.loads(found))
+
+    def begin(self, schema: StructType, note: dict[str, Any]) -> None:
+        """Write the partition without rows: columns, note, and that shards are strings.
+
+        Raises:
+            JobError: the output cannot be written.
+        """
+        columns = StructType([field for field in schema if field.name != SHARD])
+        try:
+            self._files.begin(arrow_schema(columns), columns.json(), {PROVENANCE: json.dumps(note)})
+        except OSError as exc:
+            raise JobError(f"{self.url} cannot be written: {exc}") from exc
+
+    def done(self) -> set[str]:
+        """Names of the units whose rows it has; a unit that was written twice has them once.
+
+        Raises:
+            JobError: the rows of a unit were made twice, in different ways.
+        """
+        return self._files.done()
+
+    def append(self, rows: DataFrame) -> None:
+        """Add rows of units that are not `done`, each in one task of their own.
+
+        Every write has an attempt number of its own, so that writes of two runs, or a dead
+        one's, cannot publish or delete each other's files.
+        """
+        attempt = 1 + secrets.randbelow(2**31 - 2)
+        options = self._committer.options | {"mapreduce.job.application.attempt.id": str(attempt)}
+        settings = self._committer.settings | {
+            "spark.sql.maxConcurrentOutputFileWriters": str(MAX_UNITS_PER_TASK)
+        }
+        try:
+            with session_settings(self._spark, settings):
+                (
+                    rows.write.mode("append")
+                    .options(compression="zstd", **options)
+                    .partitionBy(SHARD)
+                    .parquet(self.url)
+                )
+        finally:
+            self._files.delete_attempt(attempt)
+
+    def rows(self) -> DataFrame:
+        """All its rows, ``shard`` a string."""
+        return self._spark.read.parquet(self.url)
+
+    def delete(self) -> list[str]:
+        """Delete the files that runs have written, by their names; never a tree.
+
+        Returns:
+            Names of the files that are not ours and stay.
+        """
+        return self._files.delete()
+
+
+def with_note(rows: DataFrame, columns: Iterable[str], note: dict[str, Any]) -> DataFrame:
+    """Note on the result columns what made them.
+
+    Spark writes columns' metadata into the footer of every Parquet file and gives it
+    back as ``df.schema["nsfw_score"].metadata``.
+    """
+    for column in columns:
+        if column in rows.columns:
+            rows = rows.withMetadata(column, {PROVENANCE: json.dumps(note)})
+    return rows
+
+
+def noted_schema(schema: StructType, columns: Iterable[str], note: dict[str, Any]) -> StructType:
+    """The schema of rows that have gone through `with_note`."""
+    noted, text = set(columns), json.dumps(note)
+    return StructType(
+        [
+            StructField(f.name, f.dataType, True, {PROVENANCE: text} if f.name in noted else None)
+            for f in schema
+        ]
+    )
+
+
+def read_note(schema: StructType) -> dict[str, Any] | None:
+    """The note that `with_note` left, or None."""
+    for field in schema:
+        note = (field.metadata or {}).get(PROVENANCE)
+        if note is not None:
+            return dict(json.loads(note))
+    return None

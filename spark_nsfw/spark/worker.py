@@ -1,0 +1,88 @@
+"""What a Python worker that scores has: its device and its scorers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+
+import torch
+from pyspark import TaskContext, cloudpickle
+
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.score.scorer import Scorer
+from spark_nsfw.score.stored import StoredScorer
+
+__all__ = ["choose_device", "kind_of_device", "recipe_identity", "worker_device", "worker_scorer"]
+
+#: What `kind_of_device` says where there should be a GPU and is none.
+NO_GPU = "no GPU"
+
+#: Keep only recent scorers; more would exhaust GPU memory.
+_MAX_SCORERS = 2
+
+_log = logging.getLogger(__name__)
+
+_scorers: dict[str, Scorer | StoredScorer] = {}
+
+
+def choose_device(device: str | None = None) -> str:
+    """The torch device of this worker.
+
+    In this order: ``device`` if it is one; the GPU address that Spark gave the task; the
+    first GPU that is visible; the CPU, unless ``device`` is ``cuda``.
+    """
+    if device not in (None, "cuda"):
+        return str(device)
+    task = TaskContext.get()
+    resources = task.resources() if task is not None else {}
+    if "gpu" in resources:
+        # The address counts the machine's GPUs, torch those that the environment leaves.
+        address = resources["gpu"].addresses[0]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if address in visible:
+            return f"cuda:{visible.index(address)}"
+        return "cuda:0" if visible != [""] and len(visible) == 1 else f"cuda:{address}"
+    return "cuda:0" if device == "cuda" or torch.cuda.is_available() else "cpu"
+
+
+def kind_of_device(device: str | None = None) -> str:
+    """``cuda`` or ``cpu``, or `NO_GPU` where the worker's choice cannot be had."""
+    kind = torch.device(choose_device(device)).type
+    return NO_GPU if kind == "cuda" and not torch.cuda.is_available() else kind
+
+
+def worker_device(device: str | None = None) -> str:
+    """This worker's `choose_device`, with as many threads as the task has cores."""
+    task = TaskContext.get()
+    if task is not None:
+        torch.set_num_threads(max(1, task.cpus()))
+    chosen = choose_device(device)
+    if torch.device(chosen).type == "cuda":
+        torch.cuda.set_device(chosen)  # pinned memory would open a context on the first GPU
+    return chosen
+
+
+def recipe_identity(recipe: Recipe) -> str:
+    """What a recipe's scorer is known by in a worker; to be asked for on the driver.
+
+    Classes of other packages count with their code, which may be edited in a notebook
+    while the workers live on.
+    """
+    models = [*recipe.classifiers, *([recipe.embedder] if recipe.embedder is not None else [])]
+    foreign = [type(m) for m in models if not type(m).__module__.startswith("spark_nsfw.")]
+    code = [hashlib.sha256(cloudpickle.dumps(each)).hexdigest() for each in foreign]
+    return " ".join([recipe.identity, *code])
+
+
+def worker_scorer(recipe: Recipe, identity: str) -> Scorer | StoredScorer:
+    """This worker's scorer for a recipe of that `recipe_identity`, kept between tasks."""
+    device = worker_device(recipe.device)
+    known_as = f"{device} {identity}"
+    if known_as not in _scorers:
+        while len(_scorers) >= _MAX_SCORERS:
+            del _scorers[next(iter(_scorers))]
+        made = Scorer.of(recipe, device) if recipe.embedder else StoredScorer(recipe, device)
+        _scorers[known_as] = made
+        _log.info("scorer loaded on %s: %s", device, identity)
+    return _scorers[known_as]

@@ -1,0 +1,56 @@
+"""Rows of shards → a sidecar Parquet beside each tar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from spark_nsfw.note import note_in
+from spark_nsfw.read.source import Unit
+from spark_nsfw.storage import move_file, open_input, resolve
+from spark_nsfw.use.metadata import MetadataFiles
+
+__all__ = ["move_beside_shards"]
+
+#: Where a sidecar goes that we did not write; readers skip names with an underscore.
+_REPLACED = "_spark_nsfw_replaced"
+
+
+def move_beside_shards(staging: str, units: Sequence[Unit]) -> None:
+    """Give the rows of each shard the place and name of its sidecar.
+
+    Args:
+        staging: an output that has rows of all of them, whole.
+        units: the shards, each a tar.
+    """
+    files = MetadataFiles(staging).files()
+
+    def move(unit: Unit) -> None:
+        if unit.name not in files:
+            return
+        (file,) = files[unit.name]
+        sidecar = unit.place.removesuffix(".tar") + ".parquet"
+        directory, _, name = sidecar.rpartition("/")
+        if not _is_ours_or_absent(sidecar):
+            filesystem, path = resolve(f"{directory}/{_REPLACED}")
+            filesystem.create_dir(path)
+            move_file(sidecar, f"{directory}/{_REPLACED}/{name}")
+        move_file(file, sidecar)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(move, units))
+
+
+def _is_ours_or_absent(sidecar: str) -> bool:
+    filesystem, path = resolve(sidecar)
+    if filesystem.get_file_info(path).type is fs.FileType.NotFound:
+        return True
+    try:
+        with open_input(sidecar) as stream:
+            return note_in(pq.read_metadata(stream).metadata or {}) is not None
+    except pa.ArrowException:
+        return False
