@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -14,20 +17,26 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from spark_nsfw.errors import InputError
+from spark_nsfw.errors import InputError, StorageError
 
 __all__ = [
+    "FileEntry",
     "absolute",
     "delete_directory",
+    "delete_empty_directories",
+    "delete_files",
     "expand_braces",
     "files_digest",
     "hadoop_path",
+    "ignores_case",
     "is_below",
+    "iter_files",
     "last_change",
     "list_files",
     "move_file",
     "open_input",
     "resolve",
+    "write_file",
     "write_text",
 ]
 
@@ -134,16 +143,161 @@ def _file_state(url: str) -> str:
     return f"{info.base_name} {info.size} {info.mtime_ns}"
 
 
-def write_text(url: str, text: str) -> None:
-    """Write a small file, in UTF-8; its directory must be there.
+@dataclass(frozen=True)
+class FileEntry:
+    """A file that a listing found.
+
+    Attributes:
+        name: its path below the directory that was listed.
+        size: in bytes.
+        modified_seconds: when it last changed, in Unix seconds; 0 if unknown.
+    """
+
+    name: str
+    size: int
+    modified_seconds: float
+
+
+def iter_files(
+    url: str, *, skip: Callable[[str], bool] = lambda name: False
+) -> Iterator[FileEntry]:
+    """List all files below a directory, hidden ones too, in one pass and in no order.
+
+    A directory that is not there has none; one that vanishes meanwhile has no more.
+
+    Args:
+        url: the directory, a path or URL.
+        skip: told a directory's name below ``url``, says whether to leave it out.
 
     Raises:
-        OSError: it cannot be written.
+        StorageError: it cannot be listed now.
+    """
+    filesystem, path = resolve(url)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield from _iter_local_files(path, "", skip)
+        return
+    root = path.rstrip("/") + "/"
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    try:
+        infos = filesystem.get_file_info(selector)
+    except OSError as exc:
+        raise StorageError(f"{url} cannot be listed: {exc}") from exc
+    for info in infos:
+        name = info.path[len(root) :]
+        if info.type is fs.FileType.File and not skip(name):
+            yield FileEntry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
+
+
+def _iter_local_files(root: str, below: str, skip: Callable[[str], bool]) -> Iterator[FileEntry]:
+    try:
+        with os.scandir(os.path.join(root, below)) as entries:
+            for entry in entries:
+                name = below + entry.name
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        if not skip(name):
+                            yield from _iter_local_files(root, f"{name}/", skip)
+                        continue
+                    stat = entry.stat()
+                except FileNotFoundError:
+                    continue
+                yield FileEntry(name, stat.st_size, stat.st_mtime)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as exc:
+        raise StorageError(f"{os.path.join(root, below)} cannot be listed: {exc}") from exc
+
+
+def write_file(url: str, content: bytes) -> None:
+    """Write a file so that no reader ever sees a part of it; its directory is made.
+
+    Raises:
+        StorageError: it cannot be written.
         InputError: no filesystem for this kind of URL.
     """
     filesystem, path = resolve(url)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(text.encode())
+    directory, _, name = path.rpartition("/")
+    partial = path
+    if filesystem.type_name in ("local", "hdfs"):  # object stores publish when all is there
+        partial = f"{directory}/.{name}.{uuid.uuid4()}"
+    try:
+        filesystem.create_dir(directory)
+        try:
+            with filesystem.open_output_stream(partial) as stream:
+                stream.write(content)
+            if partial != path:
+                if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
+                    filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
+                filesystem.move(partial, path)
+        except BaseException:
+            if partial != path:
+                with suppress(OSError):
+                    filesystem.delete_file(partial)
+            raise
+    except OSError as exc:
+        raise StorageError(f"{url} cannot be written: {exc}") from exc
+
+
+def write_text(url: str, text: str) -> None:
+    """As `write_file`, for a text in UTF-8."""
+    write_file(url, text.encode())
+
+
+def delete_files(urls: Iterable[str]) -> None:
+    """Delete files; those that are gone already are fine.
+
+    Raises:
+        StorageError: one cannot be deleted.
+    """
+
+    def delete(url: str) -> None:
+        filesystem, path = resolve(url)
+        try:
+            filesystem.delete_file(path)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            if filesystem.get_file_info(path).type is fs.FileType.NotFound:
+                return
+            raise StorageError(f"{url} cannot be deleted: {exc}") from exc
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(delete, urls))
+
+
+def delete_empty_directories(url: str) -> None:
+    """Delete a directory and those below it as far as there is no file in them."""
+    filesystem, path = resolve(url)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        for directory, _, _ in os.walk(path, topdown=False):
+            with suppress(OSError):  # it has files
+                os.rmdir(directory)
+        return
+    root = path.rstrip("/")
+    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    holding = {root for info in infos if info.type is fs.FileType.File}
+    for info in infos:
+        if info.type is fs.FileType.File:
+            parts = info.path[len(root) + 1 :].split("/")
+            holding |= {"/".join([root, *parts[:count]]) for count in range(1, len(parts))}
+    directories = {info.path for info in infos if info.type is fs.FileType.Directory} | {root}
+    for directory in sorted(directories - holding, key=len, reverse=True):
+        with suppress(OSError):
+            filesystem.delete_dir(directory)
+
+
+def ignores_case(url: str) -> bool:
+    """Whether the file system of a path takes ``A`` and ``a`` for one name."""
+    filesystem, path = resolve(url)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return False
+    there = Path(path)
+    while there != there.parent:
+        swapped = there.with_name(there.name.swapcase())
+        if there.exists() and swapped.name != there.name:
+            return swapped.exists() and swapped.samefile(there)
+        there = there.parent
+    return False
 
 
 def move_file(source: str, target: str) -> None:

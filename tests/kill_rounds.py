@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyspark
 from pyspark import TaskContext
 from pyspark.sql import SparkSession
+from scoring import score_into
 
 from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 from spark_nsfw.errors import JobError
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.workers import choose_device
+from spark_nsfw.spark.worker import choose_device
 
 #: Gives every executor another address, as a machine with several GPUs would.
 DISCOVERY = """#!/bin/sh
@@ -133,8 +133,10 @@ def main() -> None:
     embedder = TimmImageEmbedder("test_vit", embedding_size=768, classifiers=[classifier])
 
     def run(output: Path, plan: str) -> None:
-        options = JobOptions(plan=plan, shards_per_wave=4, device="cpu")
-        run_job(spark, inputs, str(output), embedder, options=options, report=lambda _: None)
+        score_into(
+            spark, inputs, output, embedder, plan=plan, shards_per_wave=4, device="cpu",
+            report=lambda _: None,
+        )  # fmt: skip
 
     report = {"devices": devices(spark), "loads": {}, "rounds": [], "unequal": []}
     for plan in ("dataframe", "fused"):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
+from scoring import score_into
 
 from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.reader import read_samples, shard_paths
 from spark_nsfw.spark.udf import score_samples, score_shards
 
@@ -99,7 +99,7 @@ def main(directory, detector):
     for plan in ("fused", "dataframe"):
         print(f"job: {plan}", file=sys.stderr, flush=True)
         output = str(directory / plan)
-        summary = run_job(spark, inputs, output, embedder, options=JobOptions(plan=plan))
+        summary = score_into(spark, inputs, output, embedder, plan=plan)
         summaries[plan] = [summary.num_samples, summary.num_scored, summary.num_new_images]
     print("job: done", file=sys.stderr, flush=True)
 

@@ -13,24 +13,20 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from scoring import score_into
 from test_spark import by_identity, collected, core_rows  # noqa: F401  # a fixture
 
 from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.writer import write_metadata
+from spark_nsfw.spark.output import ParquetOutput
 
 PLANS = ["dataframe", "fused"]
 
 
 def run(spark, inputs, output, embedder, **options):
     lines = []
-    summary = run_job(
-        spark, ShardInputs.parse(inputs), str(output), embedder,
-        options=JobOptions(**options), report=lines.append,
-    )  # fmt: skip
+    summary = score_into(spark, inputs, output, embedder, report=lines.append, **options)
     return summary, lines
 
 

@@ -16,6 +16,7 @@ import test_resume
 import torch
 from PIL import Image
 from pyspark import cloudpickle
+from scoring import score_into
 from test_job import arguments, run
 from test_spark import collected
 
@@ -24,7 +25,6 @@ from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import JobOptions, delete_output, run_job
 from spark_nsfw.spark.waves import Crashes, reason, write_apart
 
 
@@ -49,10 +49,7 @@ def rows_of(spark, output):
 
 def run_reporting(spark, inputs, output, embedder, report, stop=None, **options):
     options = {"plan": "fused", "shards_per_wave": 1} | options
-    return run_job(
-        spark, ShardInputs.parse(str(inputs)), str(output), embedder,
-        options=JobOptions(**options), report=report, stop=stop,
-    )  # fmt: skip
+    return score_into(spark, str(inputs), output, embedder, report=report, stop=stop, **options)
 
 
 def test_a_stopped_run_goes_on_where_it_was(spark, inputs, undisturbed, embedder, tmp_path):
@@ -427,9 +424,7 @@ def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
     timer = threading.Timer(30, stop.set)
     timer.start()
     with pytest.raises(InputError, match="would both be shard '00000'"):
-        run_job(
-            spark, both, str(tmp_path / "out"), embedder, options=JobOptions(watch=True), stop=stop
-        )
+        score_into(spark, both, tmp_path / "out", embedder, watch=True, stop=stop)
     timer.cancel()
 
 

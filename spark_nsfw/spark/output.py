@@ -58,8 +58,8 @@ class Output(Protocol):
         """All its rows."""
         ...
 
-    def delete(self) -> list[str]:
-        """Delete what runs have written; returns what else is there, and stays."""
+    def delete(self) -> None:
+        """Delete what runs have written, and nothing else."""
         ...
 
 
@@ -133,13 +133,13 @@ class ParquetOutput:
         """All its rows, ``shard`` a string."""
         return self._spark.read.parquet(self.url)
 
-    def delete(self) -> list[str]:
+    def delete(self) -> None:
         """Delete the files that runs have written, by their names; never a tree.
 
-        Returns:
-            Names of the files that are not ours and stay.
+        Raises:
+            InputError: there are other files as well; nothing is deleted.
         """
-        return self._files.delete()
+        self._files.delete()
 
 
 def with_note(rows: DataFrame, columns: Iterable[str], note: dict[str, Any]) -> DataFrame:

@@ -225,19 +225,26 @@ class MetadataFiles:
         if filesystem.get_file_info(path).type is fs.FileType.Directory:
             filesystem.delete_dir(path)
 
-    def delete(self) -> list[str]:
-        """Delete the files of ours, and the directories that are empty then.
+    def delete(self) -> None:
+        """Delete the files of ours by their names, and the directories that are empty then.
 
-        Returns:
-            The names of the files that are not ours and stay.
+        Hidden files of others, such as a file manager's, stay.
+
+        Raises:
+            InputError: other files are there as well; nothing is deleted.
         """
         names = [entry.name for entry in iter_files(self.url)]
         ours = [name for name in names if _OURS.match(name)]
+        for name in sorted({*names} - {*ours}):
+            if not name.rpartition("/")[2].startswith((".", "_")):
+                raise InputError(
+                    f"{self.url} has files that spark-nsfw did not write, such as {name}: nothing "
+                    "is deleted. Move them elsewhere first, or give another output"
+                )
         # The columns go last: until then the rest can be told to be an output's.
         ours.sort(key=lambda name: name.startswith(f"{SHARD}={SCHEMA_PARTITION}/"))
         delete_files([self._url_of(name) for name in ours])
         delete_empty_directories(self.url)
-        return sorted({*names} - {*ours})
 
 
 def refuse_place(output: str, source: Source) -> None:
