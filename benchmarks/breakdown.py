@@ -87,7 +87,7 @@ def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, floa
     tower = embedder.load_embedding_model("cpu")
     pixels = torch.randint(0, 256, (CPU_BLOCK_IMAGES, size, size, 3), dtype=torch.uint8)
     (classifier,) = scorer.classifiers
-    metadata = pa.Table.from_batches(scorer.score_images(batches))
+    metadata = pa.Table.from_batches(scorer.score_rows(batches))
     blocks = range(len(images) // CPU_BLOCK_IMAGES)
     with torch.inference_mode():
         embeddings = tower(pixels)
@@ -108,7 +108,7 @@ def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, floa
         ("write Parquet", write),
         (
             "scorer, all but the last",
-            best(lambda: consume(scorer.score_images(iter_sample_rows(shards, SampleOptions())))),
+            best(lambda: consume(scorer.score_rows(iter_sample_rows(shards, SampleOptions())))),
         ),
     ]
 

@@ -25,7 +25,6 @@ __all__ = [
     "delete_directory",
     "delete_empty_directories",
     "delete_files",
-    "expand_braces",
     "files_digest",
     "hadoop_path",
     "ignores_case",
@@ -159,7 +158,7 @@ class FileEntry:
 
 
 def iter_files(
-    url: str, *, skip: Callable[[str], bool] = lambda name: False
+    url: str, *, skip: Callable[[str], bool] = lambda name: False, follow_links: bool = False
 ) -> Iterator[FileEntry]:
     """List all files below a directory, hidden ones too, in one pass and in no order.
 
@@ -167,14 +166,16 @@ def iter_files(
 
     Args:
         url: the directory, a path or URL.
-        skip: told a directory's name below ``url``, says whether to leave it out.
+        skip: told a directory's name below ``url``, says whether to leave it out; stores
+            without directories ask it for files.
+        follow_links: list directories behind links, too, if they do not lead back up.
 
     Raises:
         StorageError: it cannot be listed now.
     """
     filesystem, path = resolve(url)
     if isinstance(filesystem, fs.LocalFileSystem):
-        yield from _iter_local_files(path, "", skip)
+        yield from _iter_local_files(path, "", skip, follow_links, ())
         return
     root = path.rstrip("/") + "/"
     selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
@@ -188,15 +189,25 @@ def iter_files(
             yield FileEntry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
 
 
-def _iter_local_files(root: str, below: str, skip: Callable[[str], bool]) -> Iterator[FileEntry]:
+def _iter_local_files(
+    root: str, below: str, skip: Callable[[str], bool], follow_links: bool, above: tuple[str, ...]
+) -> Iterator[FileEntry]:
+    here = os.path.join(root, below)
+    if follow_links:
+        real = os.path.realpath(here)
+        if real in above:
+            return  # a link that leads back up
+        above = (*above, real)
     try:
-        with os.scandir(os.path.join(root, below)) as entries:
+        with os.scandir(here) as entries:
             for entry in entries:
                 name = below + entry.name
                 try:
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=follow_links):
                         if not skip(name):
-                            yield from _iter_local_files(root, f"{name}/", skip)
+                            yield from _iter_local_files(
+                                root, f"{name}/", skip, follow_links, above
+                            )
                         continue
                     stat = entry.stat()
                 except FileNotFoundError:
@@ -205,7 +216,7 @@ def _iter_local_files(root: str, below: str, skip: Callable[[str], bool]) -> Ite
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as exc:
-        raise StorageError(f"{os.path.join(root, below)} cannot be listed: {exc}") from exc
+        raise StorageError(f"{here} cannot be listed: {exc}") from exc
 
 
 def write_file(url: str, content: bytes) -> None:
@@ -363,30 +374,4 @@ def list_files(url: str) -> tuple[str, list[str]]:
     hidden = ("_", ".")
     return prefix.rstrip("/") + "/", [
         name for name in names if not any(part.startswith(hidden) for part in name.split("/"))
-    ]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expand WebDataset's numeric brace ranges: ``{00000..00002}`` → 00000, 00001, 00002.
-
-    Other braces and glob characters are left as they are.
-
-    Raises:
-        InputError: a range that runs backwards.
-    """
-    head, brace, tail = pattern.partition("{")
-    if not brace:
-        return [pattern]
-    body, close, rest = tail.partition("}")
-    first, dots, last = body.partition("..")
-    if not (close and dots and first.isdigit() and last.isdigit()):
-        return [f"{head}{{{expanded}" for expanded in expand_braces(tail)]
-    if int(first) > int(last):
-        raise InputError(f"{pattern}: the range {{{body}}} runs backwards")
-    width = len(first)
-    ends = expand_braces(rest)
-    return [
-        f"{head}{number:0{width}d}{end}"
-        for number in range(int(first), int(last) + 1)
-        for end in ends
     ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,20 +138,6 @@ def test_new_shards_are_scored_alone(spark, tmp_path, embedder):
     assert files.items() <= files_of(output).items()
 
 
-def test_a_wave_that_is_replayed_replaces_its_own_rows(spark, tmp_path, embedder):
-    write_photograph_shards(tmp_path / "in", num_shards=4, samples_per_shard=3)
-    output = tmp_path / "out"
-    run(spark, str(tmp_path / "in"), output, embedder, shards_per_wave=2)
-    expected = collected(spark.read.parquet(str(output)))
-    # As after a kill between a wave's write and its commit: one shard half written, one whole.
-    (output / "_spark_nsfw" / "checkpoint" / "commits" / "1").unlink()
-    (output / "_spark_nsfw" / "checkpoint" / "commits" / ".1.crc").unlink()
-    shutil.rmtree(output / "shard=00003")
-    run(spark, str(tmp_path / "in"), output, embedder, shards_per_wave=2)
-    assert collected(spark.read.parquet(str(output))) == expected
-    assert len(expected) == 12
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -195,7 +180,7 @@ def test_tasks_move_their_own_files(spark, tmp_path):
     option = "mapreduce.fileoutputcommitter.algorithm.version"
     spark.conf.set(option, "3")  # there is none such: what the write sets itself has to be in force
     try:
-        write_metadata(rows, str(tmp_path / "out"))
+        ParquetOutput(spark, str(tmp_path / "out")).append(rows)
     finally:
         spark.conf.unset(option)
     assert spark.read.parquet(str(tmp_path / "out")).count() == 1
@@ -240,8 +225,7 @@ def test_spark_submit_and_the_command_line_give_the_same_rows(
 NUM_SLOTS = """
 import sys
 from pyspark.sql import SparkSession
-from spark_nsfw.spark.job import num_slots
-from spark_nsfw.spark.workers import device_kind
+from spark_nsfw.spark.cluster import device_kind, num_slots
 
 builder = SparkSession.builder.master("local-cluster[2,2,1024]")
 for setting in sys.argv[1:]:

@@ -28,7 +28,8 @@ from spark_nsfw import (
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.note import inspect_output
 from spark_nsfw.read.tar import iter_samples
-from spark_nsfw.spark.workers import choose_device, classifier_identity, worker_scorer
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.worker import choose_device, recipe_identity, worker_scorer
 
 
 @pytest.fixture(scope="module")
@@ -309,11 +310,14 @@ def test_two_classifiers_are_known_as_two(monkeypatch):
     other = long.copy()
     other[1000] = 1
     weights = [long, other, torch.tensor(long), torch.tensor(other), [1, 2], {"a": 1}, {1, 2}, None]
-    identities = [classifier_identity(Weighted(w)) for w in weights]
+    def identity(classifier):
+        return recipe_identity(Recipe(None, (classifier,)))
+
+    identities = [identity(Weighted(w)) for w in weights]
     assert len(set(identities)) == len(weights)
-    assert identities == [classifier_identity(Weighted(w)) for w in weights]
+    assert identities == [identity(Weighted(w)) for w in weights]
     with pytest.raises(InputError, match=r"weights_of_it cannot be told.*_weights_of_it"):
-        classifier_identity(Weighted(lambda: 1))
+        identity(Weighted(lambda: 1))
 
     def redefined(factor):
         class Edited(ImageClassifier):
@@ -323,15 +327,16 @@ def test_two_classifiers_are_known_as_two(monkeypatch):
         Edited.__qualname__ = "Edited"
         return Edited("x")
 
-    assert classifier_identity(redefined(1)) != classifier_identity(redefined(2))
+    assert identity(redefined(1)) != identity(redefined(2))
 
 
 def test_a_worker_keeps_few_models(embedder, monkeypatch):
     kept = {}
-    monkeypatch.setattr("spark_nsfw.spark.workers._scorers", kept)
-    scorers = [worker_scorer(embedder, [], "cpu", True, name) for name in "abca"]
+    monkeypatch.setattr("spark_nsfw.spark.worker._scorers", kept)
+    recipe = Recipe.of(embedder, [], device="cpu").ready()
+    scorers = [worker_scorer(recipe, name) for name in "abca"]
     assert len(set(map(id, scorers))) == 4  # the first "a" had to go
-    assert worker_scorer(embedder, [], "cpu", True, "a") is scorers[3]
+    assert worker_scorer(recipe, "a") is scorers[3]
     assert len(kept) == 2
 
 
@@ -359,8 +364,10 @@ def test_save_metadata_without_a_path_writes_sidecars_that_the_next_run_reads(
     pd.DataFrame({"key": ids, "url": ["a", "b", "c"]}).to_parquet(tmp_path / "00001.parquet")
     embedder(ImageTextPairDataset.from_webdataset(str(tmp_path))).save_metadata()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00000.parquet", "00000.tar", "00001.parquet", "00001.tar",
+        "00000.parquet", "00000.tar", "00001.parquet", "00001.tar", "_spark_nsfw_replaced",
     ]  # fmt: skip
+    replaced = pd.read_parquet(tmp_path / "_spark_nsfw_replaced" / "00001.parquet")
+    assert replaced["url"].tolist() == ["a", "b", "c"]  # we did not write it
     sidecar = pd.read_parquet(tmp_path / "00001.parquet")
     assert sidecar["key"].tolist() == ids
     assert sidecar["nsfw_score"].notna().all()

@@ -1,25 +1,31 @@
-"""INPUT arguments → one Hadoop glob for Spark's file source, and a name for each shard."""
+"""INPUT arguments → units: the shards that they name, listed once with pyarrow."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pyarrow.fs import FileSelector, FileType
+import bracex
+from pyarrow.fs import FileType
+from wcmatch import fnmatch
 
-from spark_nsfw.errors import InputError
-from spark_nsfw.storage import expand_braces, hadoop_path, resolve
+from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.read.source import Unit
+from spark_nsfw.storage import FileEntry, hadoop_path, is_below, iter_files, resolve
 
-__all__ = ["ShardInputs"]
+__all__ = ["ShardInputs", "expand_ranges"]
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[{]")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_BRACES = re.compile(r"\{[^{}]*\}")
-#: What Spark does not list; partitions such as ``_x=1`` it does.
-_HIDDEN = re.compile(r"/(\.|_[^/=]*(/|\Z))")
+_RANGE = re.compile(r"(\{\d+\.\.\d+\})")
+_SLASH_IN_BRACES = re.compile(r"\{[^{}]*/[^{}]*\}")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*(?=/|\Z)|(?=/))")
+
+#: Hidden names are left out elsewhere; within braces a glob matches as it does outside.
+_MATCH_FLAGS = fnmatch.DOTMATCH | fnmatch.BRACE | fnmatch.CASE
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,15 @@ class ShardInputs:
         """Take one or several inputs.
 
         Raises:
-            InputError: none at all, or inputs on more than one filesystem.
+            InputError: none at all, inputs on more than one filesystem, or a range that
+                runs backwards.
         """
         several = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         if not several:
             raise InputError("no input: give a directory, a tar file, a glob or a brace range")
         patterns = tuple(_absolute(os.fspath(path)) for path in several)
+        for pattern in patterns:
+            _refuse_backwards(pattern)
         filesystems = {_split(pattern)[0] for pattern in patterns}
         if len(filesystems) > 1:
             raise InputError(
@@ -50,25 +59,6 @@ class ShardInputs:
                 "score each in a run of its own"
             )
         return cls(patterns)
-
-    @property
-    def glob(self) -> str:
-        """All inputs as one Hadoop glob, so that a stream over them has one source.
-
-        Raises:
-            InputError: one of several inputs has a comma, which would part it in two.
-        """
-        globs = [_hadoop_glob(pattern) for pattern in self.patterns]
-        if len(globs) == 1:
-            return globs[0]
-        for pattern in self.patterns:
-            if "," in _BRACES.sub("", pattern):
-                raise InputError(
-                    f"{pattern} has a comma, and cannot be one of several inputs: give it "
-                    "alone, or with ? for the comma"
-                )
-        filesystem = _split(globs[0])[0]
-        return f"{filesystem}/{{{','.join(_split(glob)[1].lstrip('/') for glob in globs)}}}"
 
     @property
     def filesystem(self) -> str:
@@ -93,50 +83,73 @@ class ShardInputs:
                 return name[len(root) :].removesuffix(".tar")
         raise InputError(f"{path} is below none of the inputs {', '.join(self.roots)}")
 
-    def list_paths(self) -> list[str]:
-        """The paths of all shards, sorted, listed with pyarrow where there is no Spark session.
+    def list_units(self) -> list[Unit]:
+        """A unit for each shard that is there now, sorted by name.
 
         Raises:
-            InputError: there are none, one that was named is missing, or two have one name.
+            NothingToReadError: there are none, or one that was named is missing.
+            InputError: two shards have one name.
+            StorageError: they cannot be listed now.
         """
-        found = sorted({path for pattern in self.patterns for path in _list(pattern)})
+        found: dict[str, FileEntry] = {}
+        for pattern in self.patterns:
+            found |= _list(pattern)
         if not found:
-            raise InputError(
+            raise NothingToReadError(
                 f"{', '.join(self.patterns)} does not exist, or has no shard (*.tar) in it"
             )
-        self.check(found)
-        return found
-
-    def check(self, paths: Sequence[str]) -> None:
-        """Refuse inputs that name a shard that is not there, or give two shards one name.
-
-        Args:
-            paths: the shards that were listed.
-
-        Raises:
-            InputError: names the input without shards, or both paths.
-        """
-        found = [_split(path)[1] for path in paths]
-        files = set(found)
-        directories = {path[: match.start()] for path in files for match in re.finditer("/", path)}
-        for pattern in self.patterns:
-            for expanded in expand_braces(_split(pattern)[1].rstrip("/")):
-                if _GLOB_CHARACTERS.search(expanded):
-                    below = re.compile(_regex(expanded) + r"(/.*)?\Z", re.DOTALL)
-                    there = any(below.match(path) for path in found)
-                else:
-                    there = expanded in files or expanded in directories
-                if not there:
-                    raise InputError(f"{expanded} does not exist, or has no shard (*.tar) in it")
         path_of: dict[str, str] = {}
-        for path in paths:
+        units = []
+        for path in sorted(found):
             name = self.shard_name(path)
-            if name in path_of:
+            other = path_of.setdefault(name, path)
+            if other != path:
                 raise InputError(
-                    f"{path_of[name]} and {path} would both be shard {name!r}; "
+                    f"{other} and {path} would both be shard {name!r}; "
                     "score them in two runs, or from a directory above both"
                 )
-            path_of[name] = path
+            units.append(Unit(name, path, found[path].modified_seconds))
+        return sorted(units, key=lambda unit: unit.name)
+
+    def covers(self, url: str) -> bool:
+        """Whether tars below a directory would be input, or the input lies in it."""
+        if any(is_below(self.filesystem + root, url) for root in self.roots):
+            return True
+        filesystem, path = _split(_absolute(url))
+        tar = f"{path.rstrip('/')}/x.tar"
+        for pattern in self.patterns:
+            inside = _split(pattern)[1]
+            if not _GLOB_CHARACTERS.search(inside):
+                if is_below(url, pattern):
+                    return True
+            elif filesystem == self.filesystem and any(
+                _select(expanded, [tar]) for expanded in expand_ranges(inside)
+            ):
+                return True
+        return False
+
+
+def expand_ranges(pattern: str) -> Iterator[str]:
+    """Expand WebDataset's numeric ranges: ``{00000..00002}`` → 00000, 00001, 00002.
+
+    Other braces and glob characters are left as they are.
+
+    Raises:
+        InputError: a range that runs backwards.
+    """
+    _refuse_backwards(pattern)
+    parts = [
+        bracex.expand(part, limit=0) if _RANGE.fullmatch(part) else [part]
+        for part in _RANGE.split(pattern)
+    ]
+    return map("".join, itertools.product(*parts))
+
+
+def _refuse_backwards(pattern: str) -> None:
+    for piece in _RANGE.findall(pattern):
+        first, _, last = piece[1:-1].partition("..")
+        if int(first) > int(last):
+            raise InputError(f"{pattern}: the range {piece} runs backwards")
 
 
 def _absolute(path: str) -> str:
@@ -166,78 +179,103 @@ def _root(pattern: str) -> str:
     return path.rstrip("/") + "/"
 
 
-def _list(pattern: str) -> Iterator[str]:
-    """The shards of one input; names that begin with a dot or an underscore are hidden."""
+def _list(pattern: str) -> dict[str, FileEntry]:
+    """Path → entry of the shards of one input.
+
+    Names that begin with a dot or an underscore are hidden, with all that is below them.
+
+    Raises:
+        NothingToReadError: an input, or one of a range of inputs, has no shard.
+    """
     filesystem_url, path = _split(pattern)
-    wanted = re.compile(_regex(_hadoop_glob(path.rstrip("/"))) + r"(/.*)?\Z", re.DOTALL)
     is_glob = _GLOB_CHARACTERS.search(path)
     root = _root(pattern).rstrip("/") if is_glob else path.rstrip("/")
-    filesystem, directory = resolve(f"{filesystem_url}{root or '/'}")
-    if not is_glob and filesystem.get_file_info(directory).type is FileType.File:
-        yield filesystem_url + root
+    entries = {
+        filesystem_url + root + (f"/{entry.name}" if entry.name else ""): entry
+        for entry in _iter_tars(f"{filesystem_url}{root or '/'}")
+    }
+    if not is_glob:
+        if not entries:
+            raise _nothing_in(root)
+        return entries
+    tars = sorted(place[len(filesystem_url) :] for place in entries)
+    chosen: set[str] = set()
+    for expanded in expand_ranges(path.rstrip("/")):
+        found = _select(expanded, tars)
+        if not found:
+            raise _nothing_in(expanded)
+        chosen.update(found)
+    return {filesystem_url + tar: entries[filesystem_url + tar] for tar in chosen}
+
+
+def _nothing_in(path: str) -> NothingToReadError:
+    return NothingToReadError(f"{path} does not exist, or has no shard (*.tar) in it")
+
+
+def _iter_tars(url: str) -> Iterator[FileEntry]:
+    """The tars below a directory; or one without a name for a file itself."""
+    filesystem, path = resolve(url)
+    info = filesystem.get_file_info(path)
+    if info.type is FileType.File:
+        yield FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
         return
-    directory = directory.rstrip("/")
-    selector = FileSelector(directory or "/", allow_not_found=True, recursive=True)
-    for info in filesystem.get_file_info(selector):
-        below = info.path[len(directory) :]
-        if info.type is FileType.File and below.endswith(".tar") and not _HIDDEN.search(below):
-            shard = root + below
-            if wanted.match(shard):
-                yield filesystem_url + shard
+    for entry in iter_files(url, skip=_is_hidden_directory, follow_links=True):
+        directory, _, base = entry.name.rpartition("/")
+        if base.endswith(".tar") and base[0] not in "._" and not _is_hidden_directory(directory):
+            yield entry
 
 
-def _hadoop_glob(pattern: str) -> str:
-    """Numeric brace ranges, which Hadoop lacks, become alternatives of digit classes."""
-    return _RANGE.sub(lambda match: f"{{{','.join(_digit_globs(match[1], match[2]))}}}", pattern)
+def _is_hidden_directory(name: str) -> bool:
+    """As Spark has it: ``_x`` and ``.x`` are hidden, partitions such as ``_x=1`` are not."""
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part)
+        for part in name.split("/")
+    )
 
 
-def _digit_globs(first: str, last: str) -> list[str]:
-    """Globs for the numbers of a range: ``000``, ``129`` → ``0[0-9][0-9]``, ``1[0-1][0-9]``, ….
-
-    Matching a name against tens of thousands of alternatives would take the place of
-    the listing itself.
-    """
-    if int(first) > int(last):
-        raise InputError(f"the range {{{first}..{last}}} runs backwards")
-    if len(first) != len(last):
-        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    if first == last:
-        return [first]
-    low, high = first[0], last[0]
-    if low == high:
-        return [low + rest for rest in _digit_globs(first[1:], last[1:])]
-    width = len(first) - 1
-    globs = []
-    if first[1:].strip("0"):
-        globs += [low + rest for rest in _digit_globs(first[1:], "9" * width)]
-        low = str(int(low) + 1)
-    tail = []
-    if last[1:].strip("9"):
-        tail = [high + rest for rest in _digit_globs("0" * width, last[1:])]
-        high = str(int(high) - 1)
-    if low <= high:
-        globs.append(f"[{low}-{high}]" + "[0-9]" * width)
-    return globs + tail
+def _select(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Of sorted paths, those that a pattern without ranges names, itself or above them."""
+    match = _GLOB_CHARACTERS.search(pattern)
+    if match is None:
+        return [
+            path
+            for path in _with_prefix(pattern, paths)
+            if len(path) == len(pattern) or path[len(pattern)] == "/"
+        ]
+    start = pattern.rfind("/", 0, match.start()) + 1
+    globs = [pattern[start:]]
+    if _SLASH_IN_BRACES.search(pattern):
+        globs = bracex.expand(globs[0], limit=0)
+    several = [[_matcher(segment) for segment in glob.split("/")] for glob in globs]
+    return [
+        path
+        for path in _with_prefix(pattern[:start], paths)
+        if any(_matches(matchers, path[start:].split("/")) for matchers in several)
+    ]
 
 
-def _regex(glob: str) -> str:
-    """A Hadoop glob as a regular expression."""
-    parts, depth = [], 0
-    for token in re.findall(r"\\.|\[[^]]*\]|.", glob, re.DOTALL):
-        if token == "*":
-            parts.append("[^/]*")
-        elif token == "?":
-            parts.append("[^/]")
-        elif token == "{":
-            parts.append("(?:")
-            depth += 1
-        elif token == "}" and depth:
-            parts.append(")")
-            depth -= 1
-        elif token == "," and depth:
-            parts.append("|")
-        elif len(token) > 2 and token.startswith("["):
-            parts.append("[^" + token[2:] if token[1] in "!^" else token)
-        else:
-            parts.append(re.escape(token[-1]))
-    return "".join(parts)
+def _with_prefix(prefix: str, paths: Sequence[str]) -> Iterator[str]:
+    for position in range(bisect_left(paths, prefix), len(paths)):
+        if not paths[position].startswith(prefix):
+            return
+        yield paths[position]
+
+
+def _matcher(segment: str) -> Callable[[str], bool] | None:
+    """Whether a name fits one segment of a glob; None for ``**``, any number of them."""
+    if segment == "**":
+        return None
+    if not _GLOB_CHARACTERS.search(segment):
+        return segment.__eq__
+    included, _ = fnmatch.translate(segment, flags=_MATCH_FLAGS)
+    expressions = [re.compile(expression) for expression in included]
+    return lambda name: any(expression.match(name) for expression in expressions)
+
+
+def _matches(matchers: Sequence[Callable[[str], bool] | None], names: Sequence[str]) -> bool:
+    if not matchers:
+        return True
+    first, *others = matchers
+    if first is None:
+        return any(_matches(others, names[start:]) for start in range(len(names)))
+    return bool(names) and first(names[0]) and _matches(others, names[1:])

@@ -1,4 +1,4 @@
-"""Samples → Arrow batches of rows that carry the encoded image.
+"""Shards → rows: samples in Arrow batches, and the source that reads them unit by unit.
 
 This is where a sample's members get their roles: which one is the image, which
 extension is the caption, which columns come from the sidecar or the JSON.
@@ -6,17 +6,33 @@ extension is the caption, which columns come from the sidecar or the JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 
-from spark_nsfw.errors import ShardUnreadableError
-from spark_nsfw.read.columns import Description, Sidecar, describe, passthrough_arrays
+from spark_nsfw.errors import InputError, ShardUnreadableError
+from spark_nsfw.read.columns import (
+    SHARDS_FOR_COLUMNS,
+    Description,
+    Sidecar,
+    describe,
+    infer_from_first,
+    passthrough_arrays,
+)
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Sample, iter_samples
 from spark_nsfw.schema import IMAGE, Status, sample_schema
 
-__all__ = ["IMAGE_EXTENSIONS", "SampleOptions", "iter_sample_batches", "iter_sample_rows"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "SampleOptions",
+    "ShardSource",
+    "iter_sample_batches",
+    "iter_sample_rows",
+]
 
 #: In order of preference where a sample has several.
 IMAGE_EXTENSIONS = (
@@ -151,5 +167,84 @@ def _record_batch(
     arrays += passthrough_arrays(options.passthrough, rows.keys, rows.descriptions, sidecar)
     arrays.append(pa.array(rows.statuses, pa.string()))
     arrays.append(pa.array(rows.messages, pa.string()))
-    schema = options.schema
-    return pa.RecordBatch.from_arrays(arrays, schema=schema.remove(schema.get_field_index(IMAGE)))
+    return pa.RecordBatch.from_arrays(arrays, schema=_without_image(options.schema))
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Tar shards; a `spark_nsfw.read.source.Source` with a unit for each.
+
+    Attributes:
+        inputs: where the shards are.
+        options: how they become rows; its ``passthrough`` does not count.
+        columns: which of the dataset's own columns to keep; None keeps all, () none.
+    """
+
+    inputs: ShardInputs
+    options: SampleOptions = field(default_factory=SampleOptions)
+    columns: Sequence[str] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and roots of the input, and what decides which rows come out."""
+        return {
+            "inputs": {
+                "kind": "webdataset",
+                "filesystem": self.inputs.filesystem,
+                "roots": list(self.inputs.roots),
+            },
+            "rows": {
+                "columns": None if self.columns is None else list(self.columns),
+                "captions": self.options.captions,
+                "id_col": self.options.id_col,
+                "image_extensions": list(self.options.image_extensions),
+                "max_image_bytes": self.options.max_image_bytes,
+            },
+        }
+
+    def covers(self, url: str) -> bool:
+        """Whether an output there would be read as input, or holds the input."""
+        return self.inputs.covers(url)
+
+    def units(self) -> list[Unit]:
+        """The shards that are there now, sorted by name.
+
+        Raises:
+            NothingToReadError: there are none, or one that was named is missing.
+            InputError: two shards have one name.
+        """
+        return self.inputs.list_units()
+
+    def schema(self, own: Sequence[pa.Field] | None = None) -> pa.Schema:
+        """The columns of its rows, without the image.
+
+        Shards that are empty or damaged have no columns of their own; the first few are tried.
+
+        Raises:
+            InputError: a column that was asked for is not there, or no sidecar can be used.
+        """
+        if own is None and self.columns is not None and not self.columns:
+            own = ()
+        if own is None:
+            shards = [unit.place for unit in self.units()[:SHARDS_FOR_COLUMNS]]
+            try:
+                own = infer_from_first(
+                    shards, self.options.id_col, self.columns, self.options.captions
+                )
+            except ShardUnreadableError as exc:
+                raise InputError(str(exc)) from exc
+        return _without_image(sample_schema(captions=self.options.captions, passthrough=own))
+
+    def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
+        """The samples of a shard, each batch with its rows' encoded images.
+
+        Raises:
+            FileNotFoundError: the shard is gone.
+            StorageError: it cannot be read now.
+        """
+        ours = sample_schema(captions=self.options.captions).names
+        own = tuple(column for column in schema if column.name not in ours)
+        return iter_sample_rows([(unit.place, unit.name)], replace(self.options, passthrough=own))
+
+
+def _without_image(schema: pa.Schema) -> pa.Schema:
+    return schema.remove(schema.get_field_index(IMAGE))

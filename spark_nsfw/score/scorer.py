@@ -24,18 +24,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from spark_nsfw.errors import ImageError, InputError, OversizedImageError
+from spark_nsfw.errors import ImageError, OversizedImageError
+from spark_nsfw.read.source import Rows
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
     IMAGE,
     STATUS,
     Status,
     metadata_schema,
-    result_fields,
 )
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
 from spark_nsfw.score.pixels import Decode, decode_image
+from spark_nsfw.score.recipe import Recipe
 
 __all__ = ["Scorer"]
 
@@ -78,14 +79,24 @@ class Scorer:
         device: str | None = None,
         keep_embeddings: bool = True,
     ) -> None:
-        self.embedder = embedder
-        chosen = embedder.classifiers if classifiers is None else classifiers
-        self.classifiers = [c.for_embedding_size(embedder.embedding_size) for c in chosen]
-        names = [embedder.image_embedding_column, *(c.pred_column for c in self.classifiers)]
-        if len(set(names)) < len(names):
-            raise InputError(f"two results would go to one column: {', '.join(names)}")
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.on_gpu = torch.device(self.device).type == "cuda"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        recipe = Recipe.of(embedder, classifiers, keep_embeddings=keep_embeddings)
+        self._prepare(recipe.ready(device=device), device)
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: str) -> Scorer:
+        """The scorer of a recipe that is ready, on a torch device."""
+        scorer = cls.__new__(cls)
+        scorer._prepare(recipe, device)
+        return scorer
+
+    def _prepare(self, recipe: Recipe, device: str) -> None:
+        assert recipe.embedder is not None
+        self.embedder = embedder = recipe.embedder
+        self.classifiers = list(recipe.classifiers)
+        self.keep_embeddings = recipe.keep_embeddings
+        self.device = device
+        self.on_gpu = torch.device(device).type == "cuda"
         #: Images per forward pass.
         self.batch_size = embedder.batch_size
         #: Forward passes under way at a time.
@@ -93,15 +104,15 @@ class Scorer:
         if not self.on_gpu:  # each core takes images of its own through the tower
             self.batch_size = min(embedder.batch_size, _CPU_BATCH_SIZE)
             self.num_computing_threads = torch.get_num_threads()
-        self.keep_embeddings = keep_embeddings
         #: Images per forward pass that the device has memory for, as far as is known.
         self.fitting_batch_size = self.batch_size
         self.passes = _Passes(self.num_computing_threads, self.device if self.on_gpu else None)
+        self._result_fields = recipe.result_fields
 
     @property
     def result_fields(self) -> list[pa.Field]:
         """The columns that scoring adds."""
-        return fields_of(self.embedder, self.classifiers, self.keep_embeddings)
+        return self._result_fields
 
     def score(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Score rows that hold encoded images.
@@ -116,18 +127,16 @@ class Scorer:
             same rows without ``image``, with embeddings and scores, which are null
             where ``status`` is not ``ok``.
         """
-        return self.score_images(
+        return self.score_rows(
             (batch.drop_columns([IMAGE]), [image.as_buffer() for image in batch.column(IMAGE)])
             for batch in batches
         )
 
-    def score_images(
-        self, batches: Iterable[tuple[pa.RecordBatch, Sequence[Any]]]
-    ) -> Iterator[pa.RecordBatch]:
+    def score_rows(self, rows: Iterable[Rows]) -> Iterator[pa.RecordBatch]:
         """As `score`, for images that are not in an Arrow column: they are not copied.
 
         Args:
-            batches: pairs of a batch without the column ``image``, and for each of its
+            rows: pairs of a batch without the column ``image``, and for each of its
                 rows the encoded image, bytes or another buffer, or None; what rows have
                 whose status is not ``ok`` does not matter.
         """
@@ -135,7 +144,7 @@ class Scorer:
         computers = _thread_pool(self.num_computing_threads, "compute")
         pipeline = _Pipeline(self, decoders, computers)
         try:
-            for batch, images in batches:
+            for batch, images in rows:
                 pipeline.add(batch, images)
                 yield from pipeline.finished()
             pipeline.flush()
@@ -188,14 +197,6 @@ class _Passes:
 def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
     """Threads that do not split their work further: there is one for each core already."""
     return ThreadPoolExecutor(num_threads, name, torch.set_num_threads, (1,))
-
-
-def fields_of(
-    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier], keep_embeddings: bool
-) -> list[pa.Field]:
-    """The columns that this embedder and these classifiers add."""
-    column = embedder.image_embedding_column if keep_embeddings else None
-    return result_fields(column, [classifier.pred_column for classifier in classifiers])
 
 
 @dataclass

@@ -30,9 +30,8 @@ from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.note import PROVENANCE, refuse_another_note
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
-from spark_nsfw.spark.pools import reader_workers
-from spark_nsfw.spark.reader import list_shards
-from spark_nsfw.spark.writer import read_provenance, write_metadata, write_schema
+from spark_nsfw.spark.cluster import reader_workers
+from spark_nsfw.spark.output import ParquetOutput, read_note
 from spark_nsfw.storage import (
     absolute,
     delete_directory,
@@ -204,7 +203,7 @@ def export_rows(
     output = absolute(output)
     kept_columns = _kept_columns(rows, columns, options)
     _refuse_inside(output, [inputs.filesystem + root for root in inputs.roots])
-    url_of = {inputs.shard_name(path): path for path in list_shards(spark, inputs)}
+    url_of = {unit.name: unit.place for unit in inputs.list_units()}
     request = request | {
         "input_files_sha256": files_digest(map(unquote, rows.inputFiles())),
         "columns": kept_columns,
@@ -234,7 +233,7 @@ def export_rows(
     shards = plan_shards(plan["num_selected_by_shard"], options)
     done = _finished(output)
     pending = [shard for shard in shards if shard.name not in done]
-    note = (read_provenance(rows.schema) or {}) | {"export": request}
+    note = (read_note(rows.schema) or {}) | {"export": request}
     problems = _write(spark, pending, url_of, output, options, note) if pending else []
     return _finish(output, shards, plan, problems)
 
@@ -285,8 +284,9 @@ def _freeze(
         for name in request["columns"]
     ]
     frozen = rows.select(*columns, KEPT)
-    write_schema(frozen, selection)
-    write_metadata(frozen, selection)
+    place = ParquetOutput(rows.sparkSession, selection)
+    place.begin(frozen.schema, {})
+    place.append(frozen)
     written = rows.sparkSession.read.parquet(selection)
     num_rows: Counter[str] = Counter()
     num_selected: Counter[str] = Counter()

@@ -22,7 +22,6 @@ from spark_nsfw.read.shards import IMAGE_EXTENSIONS
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Member, iter_runs, split_name
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
-from spark_nsfw.spark.reader import list_shards
 from spark_nsfw.storage import absolute, open_input, resolve
 from spark_nsfw.use.report import (
     NUM_BANDS,
@@ -146,7 +145,7 @@ def _thumbnails(
         .orderBy("score")
         .collect()
     )
-    url_of = {inputs.shard_name(path): path for path in list_shards(spark, inputs)}
+    url_of = {unit.name: unit.place for unit in inputs.list_units()}
     keys: dict[str, list[str]] = {}
     for row in chosen:
         if row[SHARD] not in url_of:
