@@ -77,16 +77,19 @@ def _note(path: str) -> str:
 
 
 def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:
-    """The note in the footer of a Parquet file, or None.
+    """The note in the footer of a Parquet file; None if there is none that parses.
 
     Spark keeps it with the columns' metadata; a sidecar of an export has it as it is.
     """
-    if PROVENANCE.encode() in footer:
-        return dict(json.loads(footer[PROVENANCE.encode()]))
-    columns = json.loads(footer.get(b"org.apache.spark.sql.parquet.row.metadata", b"{}"))
-    for column in columns.get("fields", []):
-        if PROVENANCE in column["metadata"]:
-            return dict(json.loads(column["metadata"][PROVENANCE]))
+    try:
+        if PROVENANCE.encode() in footer:
+            return dict(json.loads(footer[PROVENANCE.encode()]))
+        columns = json.loads(footer.get(b"org.apache.spark.sql.parquet.row.metadata", b"{}"))
+        for column in columns.get("fields", []):
+            if PROVENANCE in column["metadata"]:
+                return dict(json.loads(column["metadata"][PROVENANCE]))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass  # somebody else's use of the same names
     return None
 
 

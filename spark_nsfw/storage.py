@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 from pyarrow import fs
@@ -41,6 +43,9 @@ __all__ = [
 
 #: Hadoop's names for filesystems that pyarrow knows by another one.
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs": "abfss"}
+
+#: Pauses before a file that could not be read is tried again, in seconds.
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 #: One request to an object store, one read(2) of a local file.
 _REMOTE_BUFFER_BYTES = 8 << 20
@@ -101,16 +106,100 @@ def hadoop_path(path: str) -> str:
 
 
 def open_input(url: str) -> BinaryIO:
-    """Open ``url`` for buffered, seekable reading.
+    """Open ``url`` for buffered, seekable reading that survives a bad moment of its store.
+
+    Where a read fails or ends early, the file is opened again after a pause and read on from
+    there; the pauses grow, `RETRY_SECONDS`.
 
     Raises:
-        OSError: the file cannot be opened.
+        FileNotFoundError: there is no such file.
+        StorageError: it cannot be opened or read now, network, permission or disk; raised
+            by reads, too.
         InputError: no filesystem for this kind of URL.
     """
-    filesystem, path = resolve(url)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    raw = filesystem.open_input_file(path)
-    return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if local else _REMOTE_BUFFER_BYTES)
+    raw = _RetryingFile(url)
+    return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if raw.is_local else _REMOTE_BUFFER_BYTES)
+
+
+class _RetryingFile(io.RawIOBase):
+    """A file that is opened again, at the same place, when reading it fails."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.is_local = isinstance(resolve(url)[0], fs.LocalFileSystem)
+        self._file: Any = None
+        self._position = 0
+        self._size = self._retried(self._open)
+
+    def _open(self) -> int:
+        filesystem, path = resolve(self.url)
+        file = filesystem.open_input_file(path)
+        size = int(file.size())
+        file.seek(self._position)
+        self._file = file
+        return size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        if self._file is not None:
+            self._file.seek(self._position)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+
+        def read() -> int:
+            if self._file is None:
+                self._open()
+            count = int(self._file.readinto(memoryview(buffer)[:wanted]))
+            if not count:
+                raise OSError(f"it ended at byte {self._position:,} of {self._size:,}")
+            return count
+
+        count = self._retried(read)
+        self._position += count
+        return count
+
+    def _retried(self, attempt: Callable[[], int]) -> int:
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                return attempt()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise
+            except OSError as exc:
+                if pause is None:
+                    raise StorageError(
+                        f"{self.url} cannot be read now, after {len(RETRY_SECONDS) + 1} tries: "
+                        f"{exc}"
+                    ) from exc
+                self._drop()
+                # Credentials may have been renewed meanwhile: they belong to the filesystem.
+                _filesystem.cache_clear()
+                time.sleep(pause * random.uniform(0.75, 1.25))  # not all workers at once
+        raise AssertionError("unreachable")
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
 
 
 def last_change(urls: Sequence[str]) -> float:

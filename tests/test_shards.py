@@ -156,14 +156,16 @@ def test_a_file_that_is_no_tar_gives_one_row(tmp_path, content):
     assert (only.key, only.status) == (None, Status.SHARD_UNREADABLE)
 
 
-def test_a_shard_that_is_not_there_gives_one_row_that_names_it(tmp_path):
-    (only,) = iter_samples(str(tmp_path / "gone.tar"))
-    assert only.status is Status.SHARD_UNREADABLE
-    assert "gone.tar" in only.error_message
+def test_a_shard_that_is_not_there_is_no_damage(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.tar"):
+        list(iter_samples(str(tmp_path / "gone.tar")))
 
 
-def test_an_empty_tar_has_no_samples(tmp_path):
-    assert list(iter_samples(str(write_tar(tmp_path / "s.tar", [])))) == []
+@pytest.mark.parametrize("members", [[], [("__meta__.json", b"{}"), (".hidden", b"x")]])
+def test_a_tar_without_samples_is_one_row_that_says_so(tmp_path, members):
+    (only,) = iter_samples(str(write_tar(tmp_path / "s.tar", members)))
+    assert (only.key, only.status) == (None, Status.SHARD_EMPTY)
+    assert only.error_message == "the archive has no samples"
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

@@ -310,6 +310,7 @@ def test_two_classifiers_are_known_as_two(monkeypatch):
     other = long.copy()
     other[1000] = 1
     weights = [long, other, torch.tensor(long), torch.tensor(other), [1, 2], {"a": 1}, {1, 2}, None]
+
     def identity(classifier):
         return recipe_identity(Recipe(None, (classifier,)))
 

@@ -13,7 +13,10 @@ from test_job import arguments
 from spark_nsfw import NsfwClassifier
 from spark_nsfw.cli import main
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.read.embeddings import StoredEmbeddings, embedding_matrix, score_column
+from spark_nsfw.read.embeddings import EmbeddingSource
+from spark_nsfw.schema import metadata_schema
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.score.stored import StoredScorer, embedding_matrix, score_column
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,14 @@ def expected(golden, classifier):
 
 
 def rows_of(directory, classifier, keep_embeddings=False, **options):
-    stored = StoredEmbeddings.open(str(directory), **options)
-    batches = stored.score_files(stored.files, [classifier], "cpu", keep_embeddings)
-    schema = stored.output_schema([classifier], keep_embeddings)
-    return pa.Table.from_batches(batches, schema)
+    source = EmbeddingSource.open(str(directory), **options)
+    recipe = Recipe(
+        None, (classifier,), "cpu", keep_embeddings, source.embedding_column, source.width
+    )
+    schema = source.schema()
+    rows = (rows for unit in source.units() for rows in source.read(unit, schema))
+    batches = StoredScorer(recipe, "cpu").score_rows(rows)
+    return pa.Table.from_batches(batches, metadata_schema(schema, recipe.result_fields))
 
 
 def write_sidecar(path, embeddings, **columns):
@@ -200,7 +207,7 @@ def test_types_that_have_none_in_common_are_refused_with_both_files(tmp_path, go
     write_sidecar(tmp_path / "2.parquet", golden[:1], n=[1], w=["wide"])
     message = r"column 'w' is int64 in .*/1\.parquet and string in .*/2\.parquet"
     with pytest.raises(InputError, match=message):
-        StoredEmbeddings.open(str(tmp_path))
+        EmbeddingSource.open(str(tmp_path))
 
 
 def test_a_partitions_own_directory_or_file_is_named_by_the_partition(tmp_path, golden, classifier):
@@ -234,19 +241,19 @@ def test_columns_that_some_files_lack_or_type_otherwise_are_merged(tmp_path, gol
 
 def test_what_cannot_work_is_refused_with_what_there_is(tmp_path, golden, classifier):
     with pytest.raises(InputError, match="no Parquet files"):
-        StoredEmbeddings.open(str(tmp_path))
+        EmbeddingSource.open(str(tmp_path))
     write_sidecar(tmp_path / "a" / "0.parquet", golden[:1])
     with pytest.raises(InputError, match="no column 'emb'; there are key, image_embedding"):
-        StoredEmbeddings.open(str(tmp_path / "a"), "emb")
+        EmbeddingSource.open(str(tmp_path / "a"), "emb")
     with pytest.raises(InputError, match="no column 'uid'"):
-        StoredEmbeddings.open(str(tmp_path / "a"), id_col="uid")
+        EmbeddingSource.open(str(tmp_path / "a"), id_col="uid")
     write_clip_retrieval(tmp_path / "b", 0, golden[:1])
     (tmp_path / "b" / "metadata" / "metadata_0.parquet").unlink()
     with pytest.raises(InputError, match=r"has no metadata/metadata_0\.parquet"):
-        StoredEmbeddings.open(str(tmp_path / "b"))
+        EmbeddingSource.open(str(tmp_path / "b"))
     write_sidecar(tmp_path / "c" / "0.parquet", [None])
     with pytest.raises(InputError, match="holds no embedding"):
-        StoredEmbeddings.open(str(tmp_path / "c"))
+        EmbeddingSource.open(str(tmp_path / "c"))
 
 
 def test_the_command_scores_our_own_metadata_to_the_same_bits(

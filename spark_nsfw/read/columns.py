@@ -15,23 +15,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, ShardUnreadableError
+from spark_nsfw.read.naming import output_name, spark_type
+from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.tar import iter_samples
-from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, KEY
-from spark_nsfw.storage import open_input
+from spark_nsfw.schema import EXTRA_JSON
 
 __all__ = [
     "SHARDS_FOR_COLUMNS",
     "Description",
-    "Sidecar",
     "describe",
     "infer_from_first",
     "infer_passthrough",
-    "output_name",
     "passthrough_arrays",
-    "spark_type",
 ]
 
 #: How many samples of a shard are looked at to type the keys of its JSON members.
@@ -40,112 +37,8 @@ _INFERENCE_SAMPLES = 100
 #: How many shards are tried until one has columns.
 SHARDS_FOR_COLUMNS = 16
 
-#: Arrow types that Spark lacks, and the narrowest Spark has that holds all their values.
-_SPARK_TYPES = {
-    pa.null(): pa.string(),
-    pa.uint8(): pa.int16(),
-    pa.uint16(): pa.int32(),
-    pa.uint32(): pa.int64(),
-    pa.uint64(): pa.decimal128(20, 0),
-    pa.float16(): pa.float32(),
-    pa.large_string(): pa.string(),
-    pa.large_binary(): pa.binary(),
-    pa.date64(): pa.timestamp("us"),
-    pa.timestamp("s"): pa.timestamp("us"),
-    pa.timestamp("ms"): pa.timestamp("us"),
-    pa.timestamp("ns"): pa.timestamp("us"),
-}
-
-
 #: How half of a surrogate pair is written in JSON, escaped or in bytes.
 _MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-
-
-def spark_type(data_type: pa.DataType) -> pa.DataType:
-    """The narrowest type that Spark has and that holds all values of this one."""
-    if pa.types.is_dictionary(data_type):
-        return spark_type(data_type.value_type)
-    if (
-        pa.types.is_list(data_type)
-        or pa.types.is_large_list(data_type)
-        or pa.types.is_fixed_size_list(data_type)
-    ):
-        return pa.list_(spark_type(data_type.value_type))
-    if pa.types.is_timestamp(data_type) and data_type.tz is not None:
-        return pa.timestamp("us", tz="UTC")
-    if pa.types.is_struct(data_type):
-        return pa.struct([(child.name, spark_type(child.type)) for child in data_type])
-    return _SPARK_TYPES.get(data_type, data_type)
-
-
-def output_name(source_name: str, id_col: str, captions: bool = False) -> str | None:
-    """A dataset's column → its name beside ours.
-
-    ``status`` → ``source_status``, and so does ``Status``, which is the same to Spark; with
-    ``captions``, which are ours, ``caption`` → ``source_caption``. None for the id where it
-    repeats our ``key``.
-    """
-    if source_name == id_col == KEY:
-        return None
-    taken = (*CONTRACT_COLUMNS, CAPTION) if captions else CONTRACT_COLUMNS
-    return f"source_{source_name}" if source_name.casefold() in taken else source_name
-
-
-class Sidecar:
-    """The Parquet file beside a shard, its columns under their output names.
-
-    Args:
-        table: the file's rows.
-        id_col: the column whose values are the samples' ids. A file that this package wrote
-            has the samples' keys instead: after an export with new keys, a sample's JSON
-            still names its old one.
-        captions: the column ``caption`` is ours.
-
-    Raises:
-        ShardUnreadableError: the table has no such column.
-    """
-
-    def __init__(self, table: pa.Table, id_col: str, captions: bool = False) -> None:
-        footer = (table.schema.metadata or {}).items()
-        self.has_keys = any(b"spark_nsfw" in name + value for name, value in footer)
-        if self.has_keys:
-            id_col = KEY
-        if id_col not in table.column_names:
-            raise ShardUnreadableError(
-                f"the sidecar has no column {id_col!r} to match samples by; "
-                f"its columns are {', '.join(table.column_names)}"
-            )
-        self._ids_are_integers = pa.types.is_integer(table[id_col].type)
-        self._row_of = {str(value): row for row, value in enumerate(table[id_col].to_pylist())}
-        columns = {}
-        for source_name in table.column_names:
-            name = output_name(source_name, id_col, captions)
-            if name is None or (self.has_keys and source_name in CONTRACT_COLUMNS):
-                continue
-            columns[name] = table[source_name].combine_chunks()
-        self.columns: dict[str, pa.Array] = columns
-
-    @classmethod
-    def read(cls, shard_url: str, id_col: str, captions: bool = False) -> Sidecar | None:
-        """The sidecar of a shard, or None where there is none.
-
-        Raises:
-            ShardUnreadableError: there is one, but it cannot be read or matched.
-        """
-        url = shard_url.removesuffix(".tar") + ".parquet"
-        try:
-            with open_input(url) as stream:
-                return cls(pq.read_table(stream), id_col, captions)
-        except FileNotFoundError:
-            return None
-        except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
-            raise ShardUnreadableError(f"{url}: {exc}") from exc
-
-    def row(self, sample_id: str) -> int | None:
-        """The row of a sample, or None. Integer ids match keys with leading zeros."""
-        if self._ids_are_integers and sample_id.isdecimal():
-            sample_id = str(int(sample_id))
-        return self._row_of.get(sample_id)
 
 
 @dataclass
@@ -209,6 +102,8 @@ def infer_from_first(
         except (InputError, ShardUnreadableError) as exc:
             problems.append(exc)
             continue
+        except FileNotFoundError:
+            continue  # gone since it was listed
         if fields:
             return fields
     if problems and len(problems) == len(shard_urls):

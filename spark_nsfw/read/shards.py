@@ -16,12 +16,12 @@ from spark_nsfw.errors import InputError, ShardUnreadableError
 from spark_nsfw.read.columns import (
     SHARDS_FOR_COLUMNS,
     Description,
-    Sidecar,
     describe,
     infer_from_first,
     passthrough_arrays,
 )
 from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Sample, iter_samples
 from spark_nsfw.schema import IMAGE, Status, sample_schema

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
-from spark_nsfw.errors import InputError, ShardError, ShardTruncatedError, ShardUnreadableError
+from spark_nsfw.errors import ShardError, ShardTruncatedError, ShardUnreadableError
 from spark_nsfw.schema import Status
 from spark_nsfw.storage import open_input
 
@@ -134,8 +134,9 @@ def iter_members(
         max_member_bytes: a wanted member above this size is given without content.
 
     Raises:
-        ShardUnreadableError: the bytes are no tar archive or cannot be read on.
+        ShardUnreadableError: the bytes are no tar archive.
         ShardTruncatedError: the archive ends before its end-of-archive marker.
+        StorageError: they cannot be read now.
     """
     try:
         with tarfile.open(
@@ -171,8 +172,6 @@ def iter_members(
                 yield member
     except (tarfile.TarError, EOFError) as exc:
         raise ShardTruncatedError(f"the archive ends early: {exc}") from exc
-    except OSError as exc:
-        raise ShardUnreadableError(f"reading failed: {exc}") from exc
 
 
 def iter_samples(
@@ -182,13 +181,17 @@ def iter_samples(
 ) -> Iterator[Sample]:
     """Read the samples of one shard, in order, without ever holding more than one.
 
-    A shard that cannot be opened, or ends early, gives the samples that can be read
-    and then one `Sample` with ``key=None`` that says what happened.
+    A shard that is damaged or ends early gives the samples that can be read and then one
+    `Sample` with ``key=None`` that says what happened; so does one that has no sample.
 
     Args:
         url: a local path or any URL that pyarrow's filesystems open.
         wanted: told an extension, says whether such members are read.
         max_member_bytes: larger members make their sample fail instead of being read.
+
+    Raises:
+        FileNotFoundError: there is no such shard.
+        StorageError: it cannot be read now, which says nothing of what is in it.
     """
     seen: set[int] = set()  # hashes: a tenth of the memory of the keys
     sample: Sample | None = None
@@ -219,10 +222,12 @@ def iter_samples(
                 _add_member(sample, extension, member)
     except ShardTruncatedError as exc:
         fault = Sample(None, status=Status.SHARD_TRUNCATED, error_message=str(exc))
-    except (ShardError, OSError, InputError) as exc:
+    except ShardError as exc:
         fault = Sample(None, status=Status.SHARD_UNREADABLE, error_message=str(exc))
     if sample is not None:
         yield sample
+    elif fault is None:
+        fault = Sample(None, status=Status.SHARD_EMPTY, error_message="the archive has no samples")
     if fault is not None:
         yield fault
 
