@@ -1,5 +1,6 @@
 import shutil
 import subprocess
+import sys
 
 import pytest
 import timm
@@ -55,6 +56,33 @@ def test_help_lists_every_option(capsys):
                    "--num-threads", "--precision", "--device", "--columns", "--no-embeddings",
                    "--shards-per-wave"]:  # fmt: skip
         assert option in text
+
+
+VERBS = ["score", "classify", "report", "export", "models", "models fetch", "inspect"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_imports_neither_torch_nor_spark(verb):
+    script = f"""
+import sys
+from spark_nsfw.cli import main
+try:
+    main({[*verb.split(), "--help"]!r})
+except SystemExit as exit_:
+    assert exit_.code == 0
+heavy = {{"torch", "timm", "pyspark", "pandas", "matplotlib", "PIL"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: spark-nsfw {verb}".strip())
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "spark_nsfw.cli", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for verb in ["score", "classify", "report", "export", "models", "inspect"]:
+        assert f"\n    {verb}" in shown
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from spark_nsfw import (
     ImageTextPairDataset,
     NsfwClassifier,
     TimmImageEmbedder,
-    export,
 )
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError
@@ -33,7 +32,9 @@ from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.export import export_metadata
 from spark_nsfw.spark.job import JobOptions, run_job
 from spark_nsfw.spark.writer import write_metadata
-from spark_nsfw.use.regroup import ExportOptions, Piece, plan_shards, write_output_shard
+from spark_nsfw.use import tar_writer
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
+from spark_nsfw.use.tar_writer import write_output_shard
 
 
 def samples_of(path):
@@ -112,12 +113,12 @@ def export_one(tmp_path, keys, statuses=None, options=None, piece=None, shards=(
     table = pa.table(
         {
             "key": keys, "status": statuses or ["ok"] * len(keys), "width": range(len(keys)),
-            export.KEPT: [True] * len(keys),
+            tar_writer.KEPT: [True] * len(keys),
         }
     )  # fmt: skip
     pq.write_table(table, tmp_path / "selection.parquet")
     pieces = [piece or Piece(shard, 0, len(keys)) for shard in shards]
-    shard = export.OutputShard("00000", 0, tuple(pieces))
+    shard = OutputShard("00000", 0, tuple(pieces))
     return write_output_shard(
         shard,
         {name: str(tmp_path / f"{name}.tar") for name in shards},
@@ -242,9 +243,9 @@ def test_what_a_kill_leaves_is_under_no_final_name(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from spark_nsfw import export
+from spark_nsfw.use import tar_writer
 from test_export import export_one
-export._TarWriter.finish = lambda tar: os.kill(os.getpid(), signal.SIGKILL)
+tar_writer._TarWriter.finish = lambda tar: os.kill(os.getpid(), signal.SIGKILL)
 export_one(Path({str(tmp_path)!r}), ["a"])
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
@@ -423,7 +424,7 @@ def test_what_a_run_selected_that_was_stopped_before_its_plan_is_forgotten(
 ):
     everything, nothing = "--where=nsfw_score >= 0", "--where=nsfw_score > 2"
     with monkeypatch.context() as patch:
-        patch.setattr("spark_nsfw.spark.export.plan_shards", None)  # before the plan stands
+        patch.setattr("spark_nsfw.spark.selection.plan_shards", None)  # before the plan stands
         with pytest.raises(TypeError):
             main(command(scored, tmp_path / "out", shards, everything))
     assert list((tmp_path / "out").rglob("shard=00000/*.parquet"))
@@ -464,7 +465,7 @@ def test_metadata_that_was_replaced_under_its_name_is_another_export(
 def test_rows_are_counted_without_observe_which_rapids_cannot_plan(
     spark, scored, shards, tmp_path, monkeypatch
 ):
-    from spark_nsfw.spark import export as spark_export
+    from spark_nsfw.spark import selection
 
     plans = []
 
@@ -472,7 +473,7 @@ def test_rows_are_counted_without_observe_which_rapids_cannot_plan(
         plans.append(plan_text(rows))
         write_metadata(rows, output)
 
-    monkeypatch.setattr(spark_export, "write_metadata", write)
+    monkeypatch.setattr(selection, "write_metadata", write)
     inputs = ShardInputs.parse(str(shards))
     where = "nsfw_score >= 0"
     summary = export_metadata(spark, str(scored[0]), str(tmp_path / "out"), inputs, where)

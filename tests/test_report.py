@@ -17,6 +17,7 @@ from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
+from spark_nsfw.use.page import render
 from spark_nsfw.use.report import (
     NUM_BINS,
     LabelCounts,
@@ -25,7 +26,6 @@ from spark_nsfw.use.report import (
     Thumbnail,
     images_per_second,
     outliers,
-    render,
 )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -29,9 +28,10 @@ from pyspark.sql import functions as F
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.note import PROVENANCE, refuse_another_note
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
+from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.cluster import reader_workers
-from spark_nsfw.spark.output import ParquetOutput, read_note
+from spark_nsfw.spark.output import read_note
+from spark_nsfw.spark.selection import freeze, kept_columns, read_plan
 from spark_nsfw.storage import (
     absolute,
     delete_directory,
@@ -41,24 +41,13 @@ from spark_nsfw.storage import (
     open_input,
     resolve,
 )
-from spark_nsfw.use.regroup import (
-    KEPT,
-    SOURCE_SHARD,
-    STATE,
-    ExportOptions,
-    OutputShard,
-    Piece,
-    new_file,
-    plan_shards,
-    write_output_shard,
-)
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
+from spark_nsfw.use.tar_writer import KEPT, STATE, write_output_shard
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
 
 #: Output shards share a task where there are more of them than this.
 _MAX_TASKS = 10_000
-
-_OURS = (SHARD, KEY, STATUS, ERROR_MESSAGE)
 
 
 @dataclass(frozen=True)
@@ -201,16 +190,16 @@ def export_rows(
     """
     spark, options = rows.sparkSession, options or ExportOptions()
     output = absolute(output)
-    kept_columns = _kept_columns(rows, columns, options)
+    columns_kept = kept_columns(rows, columns, options)
     _refuse_inside(output, [inputs.filesystem + root for root in inputs.roots])
     url_of = {unit.name: unit.place for unit in inputs.list_units()}
     request = request | {
         "input_files_sha256": files_digest(map(unquote, rows.inputFiles())),
-        "columns": kept_columns,
+        "columns": columns_kept,
         "keep_unscored": keep_unscored,
         "options": asdict(options),
     }
-    plan = _read_plan(output)
+    plan = read_plan(output)
     is_new = plan is None
     if plan is None:
         _refuse_files_of_others(output)
@@ -219,7 +208,7 @@ def export_rows(
         if keep_unscored:
             kept = kept | (~scored & F.col(KEY).isNotNull())
         kept_rows = rows.withColumn(KEPT, F.coalesce(kept, F.lit(False)))
-        plan = _freeze(kept_rows, output, request, options)
+        plan = freeze(kept_rows, output, request, options)
     else:
         refuse_another_note(output, plan["request"], request)
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
@@ -236,84 +225,6 @@ def export_rows(
     note = (read_note(rows.schema) or {}) | {"export": request}
     problems = _write(spark, pending, url_of, output, options, note) if pending else []
     return _finish(output, shards, plan, problems)
-
-
-def _kept_columns(
-    rows: DataFrame, columns: Sequence[str] | None, options: ExportOptions
-) -> list[str]:
-    """The columns that go into the sidecars, in the order of the rows.
-
-    Raises:
-        InputError: the rows are no metadata, or lack a column that is wanted.
-    """
-    missing = [name for name in _OURS if name not in rows.columns]
-    if missing:
-        raise InputError(
-            f"the metadata has no column {', '.join(missing)}: export takes what `spark-nsfw "
-            "score` or `spark-nsfw classify` wrote"
-        )
-    if rows.schema[SHARD].dataType.simpleString() != "string":
-        raise InputError(
-            "the metadata's shard names were read as numbers, because its partition "
-            "shard=__schema__ is missing"
-        )
-    unknown = [name for name in columns or () if name not in rows.columns]
-    if unknown:
-        raise InputError(f"no column {', '.join(unknown)}; there are {', '.join(rows.columns)}")
-    if options.renumber and options.old_id_col in rows.columns:
-        raise InputError(
-            f"the metadata has a column {options.old_id_col} already; give another name for the "
-            "old keys (old_id_col)"
-        )
-    always = {*_OURS, options.id_col, SOURCE_SHARD}
-    return [name for name in rows.columns if columns is None or name in always | {*columns}]
-
-
-def _freeze(
-    rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
-) -> dict[str, Any]:
-    """Write which rows to keep, once, and then the plan, which says that they are complete."""
-    selection = f"{output}/{STATE}/selection"
-    delete_directory(selection)  # of a run that was stopped before its plan stood
-    # Rows that are not kept go along, with nothing but their status, to be counted where they
-    # are written: RAPIDS cannot plan a query that counts them with `observe`.
-    columns = [
-        F.col(f"`{name}`")
-        if name in (SHARD, STATUS)
-        else F.when(F.col(KEPT), F.col(f"`{name}`")).alias(name)
-        for name in request["columns"]
-    ]
-    frozen = rows.select(*columns, KEPT)
-    place = ParquetOutput(rows.sparkSession, selection)
-    place.begin(frozen.schema, {})
-    place.append(frozen)
-    written = rows.sparkSession.read.parquet(selection)
-    num_rows: Counter[str] = Counter()
-    num_selected: Counter[str] = Counter()
-    num_selected_by_shard: Counter[str] = Counter()
-    for row in written.groupBy(SHARD, STATUS, KEPT).count().collect():
-        num_rows[row[STATUS]] += row["count"]
-        if row[KEPT]:
-            num_selected[row[STATUS]] += row["count"]
-            num_selected_by_shard[row[SHARD]] += row["count"]
-    plan = {
-        "request": request,
-        "num_rows": num_rows,
-        "num_selected": num_selected,
-        "num_selected_by_shard": num_selected_by_shard,
-    }
-    plan_shards(num_selected_by_shard, options)  # refused before the plan stands
-    with new_file(f"{output}/{STATE}/plan.json", output) as file:
-        file.write(json.dumps(plan, indent=1).encode())
-    return plan
-
-
-def _read_plan(output: str) -> dict[str, Any] | None:
-    try:
-        with open_input(f"{output}/{STATE}/plan.json") as file:
-            return dict(json.loads(file.read()))
-    except FileNotFoundError:
-        return None
 
 
 def _write(

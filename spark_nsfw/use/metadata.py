@@ -26,8 +26,10 @@ from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.storage import (
     FileEntry,
+    absolute,
     delete_empty_directories,
     delete_files,
+    hadoop_path,
     ignores_case,
     iter_files,
     open_input,
@@ -89,6 +91,11 @@ class MetadataFiles:
     """
 
     url: str
+
+    @classmethod
+    def at(cls, path: str) -> MetadataFiles:
+        """Those of an output as a person gives it: a path, perhaps relative, or a URL."""
+        return cls(absolute(hadoop_path(path)).rstrip("/"))
 
     def _url_of(self, name: str) -> str:
         return f"{self.url.rstrip('/')}/{name}"

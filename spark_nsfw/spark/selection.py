@@ -1,0 +1,101 @@
+"""Which rows an export keeps, written once: a run that was stopped goes on with the same."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from spark_nsfw.errors import InputError
+from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS
+from spark_nsfw.spark.output import ParquetOutput
+from spark_nsfw.storage import delete_directory, open_input
+from spark_nsfw.use.regroup import ExportOptions, plan_shards
+from spark_nsfw.use.tar_writer import KEPT, SOURCE_SHARD, STATE, new_file
+
+__all__ = ["freeze", "kept_columns", "read_plan"]
+
+_OURS = (SHARD, KEY, STATUS, ERROR_MESSAGE)
+
+
+def kept_columns(
+    rows: DataFrame, columns: Sequence[str] | None, options: ExportOptions
+) -> list[str]:
+    """The columns that go into the sidecars, in the order of the rows.
+
+    Raises:
+        InputError: the rows are no metadata, or lack a column that is wanted.
+    """
+    missing = [name for name in _OURS if name not in rows.columns]
+    if missing:
+        raise InputError(
+            f"the metadata has no column {', '.join(missing)}: export takes what `spark-nsfw "
+            "score` or `spark-nsfw classify` wrote"
+        )
+    if rows.schema[SHARD].dataType.simpleString() != "string":
+        raise InputError(
+            "the metadata's shard names were read as numbers, because its partition "
+            "shard=__schema__ is missing"
+        )
+    unknown = [name for name in columns or () if name not in rows.columns]
+    if unknown:
+        raise InputError(f"no column {', '.join(unknown)}; there are {', '.join(rows.columns)}")
+    if options.renumber and options.old_id_col in rows.columns:
+        raise InputError(
+            f"the metadata has a column {options.old_id_col} already; give another name for the "
+            "old keys (old_id_col)"
+        )
+    always = {*_OURS, options.id_col, SOURCE_SHARD}
+    return [name for name in rows.columns if columns is None or name in always | {*columns}]
+
+
+def freeze(
+    rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
+) -> dict[str, Any]:
+    """Write which rows to keep, once, and then the plan, which says that they are complete."""
+    selection = f"{output}/{STATE}/selection"
+    delete_directory(selection)  # of a run that was stopped before its plan stood
+    # Rows that are not kept go along, with nothing but their status, to be counted where they
+    # are written: RAPIDS cannot plan a query that counts them with `observe`.
+    columns = [
+        F.col(f"`{name}`")
+        if name in (SHARD, STATUS)
+        else F.when(F.col(KEPT), F.col(f"`{name}`")).alias(name)
+        for name in request["columns"]
+    ]
+    frozen = rows.select(*columns, KEPT)
+    place = ParquetOutput(rows.sparkSession, selection)
+    place.begin(frozen.schema, {})
+    place.append(frozen)
+    written = rows.sparkSession.read.parquet(selection)
+    num_rows: Counter[str] = Counter()
+    num_selected: Counter[str] = Counter()
+    num_selected_by_shard: Counter[str] = Counter()
+    for row in written.groupBy(SHARD, STATUS, KEPT).count().collect():
+        num_rows[row[STATUS]] += row["count"]
+        if row[KEPT]:
+            num_selected[row[STATUS]] += row["count"]
+            num_selected_by_shard[row[SHARD]] += row["count"]
+    plan = {
+        "request": request,
+        "num_rows": num_rows,
+        "num_selected": num_selected,
+        "num_selected_by_shard": num_selected_by_shard,
+    }
+    plan_shards(num_selected_by_shard, options)  # refused before the plan stands
+    with new_file(f"{output}/{STATE}/plan.json", output) as file:
+        file.write(json.dumps(plan, indent=1).encode())
+    return plan
+
+
+def read_plan(output: str) -> dict[str, Any] | None:
+    """The plan that `freeze` left in an output, or None where no selection is complete."""
+    try:
+        with open_input(f"{output}/{STATE}/plan.json") as file:
+            return dict(json.loads(file.read()))
+    except FileNotFoundError:
+        return None
