@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset.tariterators as reference
 from pyspark.sql import functions as F
+from spark_nsfw.spark.writer import write_metadata
 
 from examples.photographs import encode, photographs, write_photograph_shards, write_shard
 from spark_nsfw import (
@@ -31,7 +32,6 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.export import export_metadata
 from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.writer import write_metadata
 from spark_nsfw.use import tar_writer
 from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
 from spark_nsfw.use.tar_writer import write_output_shard

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
 
-__all__ = ["ExitStatus"]
+from spark_nsfw.use.summary import Summary, counted
+
+__all__ = ["ExitStatus", "status_of"]
 
 
 class ExitStatus(IntEnum):
@@ -19,8 +22,6 @@ class ExitStatus(IntEnum):
 
 def status_of(summary: Summary, max_failed: float | int | None = None) -> int:
     """The status of a run that has ended by itself; says on stderr why it is not 0."""
-    from spark_nsfw.spark.summary import counted
-
     failed = summary.num_samples - summary.num_scored
     damaged = summary.num_damaged_shards
     limit = max_failed * summary.num_samples if isinstance(max_failed, float) else max_failed
