@@ -126,7 +126,7 @@ class ImageTextPairDataset:
             metadata = read_samples(paths, self._inputs, self._options).drop(IMAGE)
             return _with_stored_scores(metadata, self.classifiers) if self.classifiers else metadata
         kind = device_kind(self.spark)
-        embedder = self.embedder.with_precision_of(kind)
+        embedder = self.embedder.ready(kind)
         scored = score_shards(
             paths, self._inputs, self._options, embedder, self.classifiers, device=kind
         )
@@ -147,7 +147,7 @@ class ImageTextPairDataset:
         """The embedder and the classifiers as the output's provenance has them."""
         if self.embedder is None:
             return {"classifiers": [_describe_unsized(each) for each in self.classifiers]}
-        embedder = self.embedder.with_precision_of(device_kind(self.spark))
+        embedder = self.embedder.ready(device_kind(self.spark))
         note = provenance(embedder, settled(embedder, self.classifiers))
         return {name: note[name] for name in ("embedder", "classifiers")}
 

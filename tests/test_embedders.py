@@ -80,7 +80,7 @@ def test_embeddings_are_those_of_open_clip(tmp_path, clip_b32, jpegs, style):
     assert embeddings.shape == (4, 512)
     assert np.abs(embeddings - expected).max() < 1e-5
     assert np.abs(expected - np.roll(expected, 1, axis=0)).max() > 1e-3  # images do differ
-    assert embedder.weights.sha256 == file_sha256(path)
+    assert embedder.ready().weights.sha256 == file_sha256(path)
 
 
 def test_embeddings_of_vit_l_14_are_those_of_open_clip(tmp_path, jpegs):
@@ -179,7 +179,7 @@ def test_a_file_that_changed_since_it_was_pinned_is_refused(tmp_path):
     tensors = timm.create_model("test_vit2", num_classes=768).state_dict()
     save_file(tensors, path)
     embedder = TimmImageEmbedder("test_vit2", checkpoint_path=str(path), embedding_size=768)
-    embedder.pin_weights()
+    embedder = embedder.ready()
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
     with pytest.raises(ChecksumError, match=r"model\.safetensors"):
         pickle.loads(pickle.dumps(embedder)).load_embedding_model("cpu")

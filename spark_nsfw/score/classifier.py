@@ -102,6 +102,8 @@ class ImageClassifier:
         self.model_path = model_path
         self.models_dir = models_dir
         self._sha256: str | None = None
+        self._is_ready = False
+        self._settled: dict[int, ImageClassifier] = {}
         self._models: dict[str, Model] = {}
 
     def load_model(self, device: str) -> Model:
@@ -147,9 +149,12 @@ class ImageClassifier:
 
     @property
     def weights(self) -> Weights | None:
-        """Which file it scores with; None if it has none."""
+        """Which file it scores with; None if it has none, or if the embeddings' width decides.
+
+        The sha256 of a file of one's own is known once `for_embedding_size` has settled it.
+        """
         if self.model_path is not None:
-            return Weights(self.model_path, self._sha256 or file_sha256(str(self.weights_file())))
+            return Weights(self.model_path, self._sha256)
         published = self.published_file
         return None if published is None else Weights(published.url, published.sha256)
 
@@ -157,7 +162,7 @@ class ImageClassifier:
         """What tells this classifier from another, for caches and for provenance.
 
         By default its class, its public attributes, and its weights, whatever path they
-        were read from.
+        were read from. Looks at no file.
 
         Raises:
             InputError: an attribute is neither plain data nor can it be pickled.
@@ -179,8 +184,13 @@ class ImageClassifier:
             described["weights"] = {"source": weights.source, "sha256": weights.sha256}
         return described
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether its weights were found, tried and are known by their sha256."""
+        return self._is_ready
+
     def for_embedding_size(self, embedding_size: int) -> ImageClassifier:
-        """This classifier, for embeddings of the given width, its weights settled.
+        """A copy for embeddings of the given width, its weights found and tried; made once.
 
         Raises:
             EmbeddingWidthError: it takes another width.
@@ -192,12 +202,20 @@ class ImageClassifier:
                 f"these have width {embedding_size}; use the CLIP model it was trained on, "
                 "or set --embedding-size (embedding_size) of a tower without weights"
             )
-        if self._sha256 is None:
-            path = self.weights_file()
-            if path is not None:
-                self._sha256 = file_sha256(path)
-                self.model("cpu")  # so that a file that does not fit is refused now
-        return self
+        if self._is_ready:
+            return self
+        if embedding_size not in self._settled:
+            settled = copy.copy(self)
+            settled._settle(embedding_size)
+            self._settled[embedding_size] = settled
+        return self._settled[embedding_size]
+
+    def _settle(self, embedding_size: int) -> None:
+        path = self.weights_file()
+        if path is not None:
+            self._sha256 = file_sha256(path)
+            self.model("cpu")  # so that a file that does not fit is refused now
+        self._is_ready = True
 
     def model(self, device: str) -> Model:
         """The network on ``device``, loaded once."""
@@ -258,7 +276,7 @@ class ImageClassifier:
         return dataset.with_classifier(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_models": {}}  # every process loads its own
+        return self.__dict__ | {"_models": {}, "_settled": {}}  # every process loads its own
 
 
 def _described(value: Any) -> bool | int | float | str | None:
@@ -401,67 +419,53 @@ class NsfwClassifier(ImageClassifier):
             raise InputError(f"variant is 'torch' or 'laion', not {variant!r}")
         super().__init__(pred_column, embedding_column, None, batch_size, model_path, models_dir)
         self.variant = variant
-        self._sized: dict[int, ImageClassifier] = {}
         if variant == "laion":
             self.embedding_precision = torch.float16
 
-    def for_embedding_size(self, embedding_size: int) -> ImageClassifier:
-        """This classifier with the detector for embeddings of the given width, loaded once.
-
-        Raises:
-            EmbeddingWidthError: there is none, or ``model_path`` is for another width.
-            WeightsError: the detector's file cannot be had or used.
-        """
-        if self.embedding_size is not None:
-            return super().for_embedding_size(embedding_size)
-        if embedding_size not in self._sized:
-            if self.model_path is None and embedding_size not in DETECTORS:
-                raise EmbeddingWidthError(
-                    "LAION's detectors take embeddings of width "
-                    f"{' or '.join(map(str, DETECTORS))}, these have width {embedding_size}; use "
-                    f"{' or '.join(d.clip_model for d in DETECTORS.values())}, or give model_path"
-                )
-            sized = copy.copy(self)
-            sized._models, sized._sized = {}, {}
-            sized.embedding_size = embedding_size
-            self._sized[embedding_size] = sized.for_embedding_size(embedding_size)
-        return self._sized[embedding_size]
+    def _settle(self, embedding_size: int) -> None:
+        if self.model_path is None and embedding_size not in DETECTORS:
+            raise EmbeddingWidthError(
+                "LAION's detectors take embeddings of width "
+                f"{' or '.join(map(str, DETECTORS))}, these have width {embedding_size}; use "
+                f"{' or '.join(d.clip_model for d in DETECTORS.values())}, or give model_path"
+            )
+        self.embedding_size = embedding_size
+        super()._settle(embedding_size)
 
     @property
-    def published_file(self) -> PublishedFile:
-        """LAION's file for the embeddings' width.
-
-        Raises:
-            InputError: the width is not known yet.
-        """
+    def published_file(self) -> PublishedFile | None:
+        """LAION's file for the embeddings' width; None until that is known."""
         if self.embedding_size is None:
-            raise InputError("which detector it is depends on the embeddings: for_embedding_size")
+            return None
         detector = DETECTORS[self.embedding_size]
         return PublishedFile(detector.url, detector.file_name, detector.sha256)
 
     def describe(self) -> dict[str, Any]:
-        """Variant and weights, whatever path they were read from."""
-        weights = self.weights
-        assert weights is not None
-        return {
+        """Variant and weights, whatever path they were read from.
+
+        Without weights where the embeddings' width, still unknown, decides which they are.
+        """
+        described: dict[str, Any] = {
             "classifier": type(self).__qualname__,
             "pred_column": self.pred_column,
             "variant": self.variant,
-            "weights": {"source": weights.source, "sha256": weights.sha256},
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_sized": {}}
+        weights = self.weights
+        if weights is not None:
+            described["weights"] = {"source": weights.source, "sha256": weights.sha256}
+        return described
 
     def load_model(self, device: str) -> NsfwDetector:
         """The detector from its file, in any of the known formats.
 
         Raises:
+            InputError: neither a file nor the embeddings' width is known.
             WeightsError: the file cannot be had, or is no detector.
             EmbeddingWidthError: it is for embeddings of another width.
         """
         path = self.weights_file()
-        assert path is not None
+        if path is None:
+            raise InputError("which detector it is depends on the embeddings: for_embedding_size")
         detector = next((d for d in DETECTORS.values() if d.sha256 == file_sha256(path)), None)
         vocabularies: dict[int, npt.NDArray[np.int64]] = {}
         if detector is not None:

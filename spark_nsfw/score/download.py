@@ -70,16 +70,13 @@ class Weights:
 
     Attributes:
         source: path, URL or hub name of the file; ``random (seed N)`` where there is none.
-        sha256: of the file; None for random weights.
+        sha256: of the file; None for random weights, and until the file has been looked at.
+        is_random: no file stands behind them, so no score means anything.
     """
 
     source: str
     sha256: str | None
-
-    @property
-    def is_random(self) -> bool:
-        """Whether no file stands behind them, so that no score means anything."""
-        return self.sha256 is None
+    is_random: bool = False
 
     def __str__(self) -> str:
         return self.source if self.sha256 is None else f"{self.source} sha256:{self.sha256}"

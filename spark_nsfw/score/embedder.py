@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -158,18 +158,12 @@ class TimmImageEmbedder:
         self.models_dir = models_dir
         self._embedding_size = embedding_size
         self._sha256: str | None = None
+        self._is_ready = False
         self._towers: dict[str, Tower] = {}
 
-    @cached_property
+    @property
     def _shape(self) -> nn.Module:
-        """The network without memory behind its weights: its configuration and shapes."""
-        with torch.device("meta"):
-            return self._create()
-
-    def _create(self) -> nn.Module:
-        kwargs = {} if self._embedding_size is None else {"num_classes": self._embedding_size}
-        network: nn.Module = timm.create_model(self.model_name, pretrained=False, **kwargs)
-        return network
+        return _shape(self.model_name, self._embedding_size)
 
     @property
     def embedding_size(self) -> int:
@@ -188,22 +182,36 @@ class TimmImageEmbedder:
 
     @property
     def weights(self) -> Weights:
-        """Which weights the tower has.
+        """Which weights the tower has; their sha256 is known once it is `ready`."""
+        if self.checkpoint_path is None and not self.pretrained:
+            return Weights(f"random (seed {RANDOM_SEED})", None, is_random=True)
+        return Weights(self.checkpoint_path or self.model_name, self._sha256)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its weights were found and their sha256 is known."""
+        return self._is_ready
+
+    def ready(self, device: str | None = None) -> TimmImageEmbedder:
+        """A copy whose weights are found, downloaded if need be, and known by their sha256.
+
+        Every worker checks its own copy of the file against that sha256.
+
+        Args:
+            device: a torch device; settles the precision that it computes in there. None
+                leaves that to each worker.
 
         Raises:
-            WeightsUnavailableError: the file cannot be had.
+            WeightsError: the file cannot be had, or is not the one that was staged.
         """
-        source = self.checkpoint_path or self.model_name
-        if self._sha256 is not None:
-            return Weights(source, self._sha256)
-        path = self._file()
-        if path is None:
-            return Weights(f"random (seed {RANDOM_SEED})", None)
-        return Weights(source, file_sha256(path))
-
-    def pin_weights(self) -> None:
-        """Settle which file it is, so that every worker checks its own copy against it."""
-        self._sha256 = self.weights.sha256
+        settled = copy.copy(self)
+        if device is not None:
+            settled.precision = self.precision_on(device)
+        if not self._is_ready:
+            path = self._file()
+            settled._sha256 = None if path is None else file_sha256(path)
+            settled._is_ready = True
+        return settled
 
     def _file(self) -> str | None:
         """The local checkpoint file, fetched if it must be; None for random weights."""
@@ -222,15 +230,11 @@ class TimmImageEmbedder:
             return self.precision
         return "float16" if self.autocast and torch.device(device).type == "cuda" else "float32"
 
-    def with_precision_of(self, device: str) -> TimmImageEmbedder:
-        """The same embedder, set to the precision that it has on this kind of device."""
-        settled = copy.copy(self)
-        settled._towers = {}
-        settled.precision = self.precision_on(device)
-        return settled
-
     def describe(self) -> dict[str, Any]:
-        """What tells these embeddings from others, for caches and for provenance."""
+        """What tells these embeddings from others, for caches and for provenance.
+
+        Looks at no file: the weights have no sha256 until it is `ready`.
+        """
         weights = self.weights
         return {
             "model_name": self.model_name,
@@ -258,7 +262,7 @@ class TimmImageEmbedder:
         path = self._file()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            network = self._create()
+            network = _create(self.model_name, self._embedding_size)
         if path is not None:
             tensors = _renamed(load_state_dict(path), network)
             check_fit(path, tensors, network.state_dict())
@@ -314,8 +318,20 @@ class TimmImageEmbedder:
         return dataset.with_embedder(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_shape"}
-        return state | {"_towers": {}}  # every process loads its own
+        return self.__dict__ | {"_towers": {}}  # every process loads its own
+
+
+def _create(model_name: str, embedding_size: int | None) -> nn.Module:
+    kwargs = {} if embedding_size is None else {"num_classes": embedding_size}
+    network: nn.Module = timm.create_model(model_name, pretrained=False, **kwargs)
+    return network
+
+
+@lru_cache(maxsize=8)
+def _shape(model_name: str, embedding_size: int | None) -> nn.Module:
+    """A network without memory behind its weights: its configuration and shapes."""
+    with torch.device("meta"):
+        return _create(model_name, embedding_size)
 
 
 def _close_names(model_name: str) -> list[str]:

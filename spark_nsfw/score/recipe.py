@@ -1,15 +1,188 @@
-"""What is computed of an image, as one value."""
+"""What is computed of an image or of a stored embedding, as one value."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+import torch
+
+from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.note import package_version
+from spark_nsfw.schema import result_fields
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
 
-__all__ = ["provenance"]
+__all__ = ["Recipe", "provenance"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which embeddings and scores are computed, on what device, into which columns.
+
+    Its properties and `describe` load nothing and look at no file; only `ready` does.
+
+    Attributes:
+        embedder: the CLIP tower; None where embeddings are stored and only scored.
+        classifiers: each gives one score column.
+        device: a torch device; None takes the task's GPU, else the CPU.
+        keep_embeddings: whether the embeddings are a result, too.
+        embedding_column: the embeddings' column; an embedder's own where there is one.
+
+    Raises:
+        InputError: two results would go to one column.
+    """
+
+    embedder: TimmImageEmbedder | None
+    classifiers: tuple[ImageClassifier, ...]
+    device: str | None = None
+    keep_embeddings: bool = True
+    embedding_column: str = "image_embedding"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classifiers", tuple(self.classifiers))
+        if self.embedder is not None:
+            column = self.embedder.image_embedding_column
+            object.__setattr__(self, "embedding_column", column)
+        names = [self.embedding_column, *self.score_columns]
+        if len({name.casefold() for name in names}) < len(names):  # Spark ignores their case
+            raise InputError(f"two results would go to one column: {', '.join(names)}")
+
+    @classmethod
+    def of(
+        cls,
+        embedder: TimmImageEmbedder | None,
+        classifiers: Sequence[ImageClassifier] | None = None,
+        *,
+        device: str | None = None,
+        keep_embeddings: bool = True,
+    ) -> Recipe:
+        """A recipe of an embedder and its own classifiers, unless others are given.
+
+        Args:
+            embedder: None scores stored embeddings, of the classifiers' ``embedding_column``.
+            classifiers: None takes the embedder's own.
+            device: a torch device; None takes the task's GPU, else the CPU.
+            keep_embeddings: whether the embeddings are a result, too.
+
+        Raises:
+            InputError: there is nothing to compute, two results would go to one column,
+                or the classifiers read stored embeddings of two columns.
+        """
+        if embedder is not None:
+            chosen = embedder.classifiers if classifiers is None else classifiers
+            return cls(embedder, tuple(chosen), device, keep_embeddings)
+        if not classifiers:
+            raise InputError("nothing to compute: give an embedder, or classifiers")
+        columns = sorted({classifier.embedding_column for classifier in classifiers})
+        if len(columns) > 1:
+            raise InputError(
+                f"the classifiers read embeddings of several columns, {', '.join(columns)}: "
+                "score one column at a time"
+            )
+        return cls(None, tuple(classifiers), device, keep_embeddings, columns[0])
+
+    @property
+    def result_fields(self) -> list[pa.Field]:
+        """The columns that it adds: the embedding if it is kept, then one per classifier."""
+        kept = self.embedding_column if self.keep_embeddings else None
+        return result_fields(kept, self.score_columns)
+
+    @property
+    def result_columns(self) -> list[str]:
+        """The names of `result_fields`."""
+        return [field.name for field in self.result_fields]
+
+    @property
+    def score_columns(self) -> list[str]:
+        """The classifiers' columns."""
+        return [classifier.pred_column for classifier in self.classifiers]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all weights were found and their sha256 is known."""
+        tower_is = self.embedder is None or self.embedder.is_ready
+        return tower_is and all(classifier.is_ready for classifier in self.classifiers)
+
+    def ready(self, *, device: str | None = None, embedding_size: int | None = None) -> Recipe:
+        """A recipe whose weights are found, downloaded if need be, and known by their sha256.
+
+        To be called once, on the driver: what does not fit is refused there, before any
+        task starts, and workers check their own copies of the files against the sha256.
+
+        Args:
+            device: what the workers compute on, ``cpu`` or ``cuda``; settles the tower's
+                precision. None takes this recipe's device; where that is None, too, each
+                worker computes in the precision of its own device.
+            embedding_size: width D of stored embeddings, where there is no embedder.
+
+        Raises:
+            EmbeddingWidthError: a classifier takes embeddings of another width.
+            WeightsError: a file cannot be had or used.
+            InputError: the width of stored embeddings is not given.
+        """
+        device = _more_exact(self.device, device)
+        embedder = None if self.embedder is None else self.embedder.ready(device)
+        if embedder is not None:
+            if embedding_size not in (None, embedder.embedding_size):
+                raise EmbeddingWidthError(
+                    f"{embedder.model_name} gives embeddings of width {embedder.embedding_size}, "
+                    f"not {embedding_size}"
+                )
+            embedding_size = embedder.embedding_size
+        if embedding_size is None:
+            raise InputError("give the width of the stored embeddings (embedding_size)")
+        classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
+        return replace(self, embedder=embedder, classifiers=tuple(classifiers), device=device)
+
+    def describe(self) -> dict[str, Any]:
+        """What the output's note says of it, as plain JSON types.
+
+        ``embedder`` is left out where there is none. A sha256 is None until `ready`.
+        """
+        described: dict[str, Any] = {
+            "classifiers": [classifier.describe() for classifier in self.classifiers],
+            "rows": {"keep_embeddings": self.keep_embeddings},
+        }
+        if self.embedder is not None:
+            described = {"embedder": self.embedder.describe()} | described
+        return described
+
+    @property
+    def identity(self) -> str:
+        """What a loaded scorer is known by in a worker: JSON of all that it computes.
+
+        The same file is the same weights, wherever it lies. The device is not part of it.
+        """
+        settings: dict[str, Any] = {
+            "classifiers": [_without_sources(each.describe()) for each in self.classifiers],
+            "columns": [self.embedding_column, self.keep_embeddings],
+        }
+        if self.embedder is not None:
+            settings["embedder"] = _without_sources(self.embedder.describe())
+            settings["batch_size"] = self.embedder.batch_size
+            settings["num_threads"] = self.embedder.num_threads_per_worker
+        return json.dumps(settings, sort_keys=True)
+
+
+def _more_exact(own: str | None, given: str | None) -> str | None:
+    """``cuda:1`` rather than ``cuda``, if it is not about another kind of device."""
+    if own is None or given is None:
+        return given or own
+    return own if torch.device(own).type == torch.device(given).type else given
+
+
+def _without_sources(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _without_sources(entry)
+            for name, entry in value.items()
+            if name != "source" or value.get("sha256") is None
+        }
+    return [_without_sources(entry) for entry in value] if isinstance(value, list) else value
 
 
 def provenance(

@@ -214,7 +214,7 @@ def run_job(
     output = absolute(hadoop_path(output))
     # A task has run after this: at least one executor is there to count slots by.
     kind = device_kind(spark, options.device)
-    embedder = embedder.with_precision_of(kind)
+    embedder = embedder.ready(kind)
     options = replace(options, device=options.device or kind)  # none falls back to a CPU
     with session_settings(spark, _settings(spark)):
         shards = _first_shards(spark, inputs, options, stop)

@@ -38,7 +38,6 @@ def settled(
     What does not fit is refused here, on the driver, before any task starts; the workers
     check their own copies of the files against the sha256.
     """
-    embedder.pin_weights()
     chosen = embedder.classifiers if classifiers is None else classifiers
     return [classifier.for_embedding_size(embedder.embedding_size) for classifier in chosen]
 
@@ -65,6 +64,7 @@ def nsfw_udf(
         device: a torch device; by default the task's GPU if there is one.
         keep_embeddings: whether the struct has the embedding.
     """
+    embedder = embedder.ready()
     chosen = settled(embedder, classifiers)
     fields = [
         pa.field(STATUS, pa.string()),
@@ -152,6 +152,7 @@ def score_shards(
         options: how shards become rows.
         embedder, classifiers, device, keep_embeddings: as for `nsfw_udf`.
     """
+    embedder = embedder.ready()
     chosen = settled(embedder, classifiers)
     schema = metadata_schema(options.schema, fields_of(embedder, chosen, keep_embeddings))
     identity = scorer_identity(embedder, chosen, keep_embeddings)
