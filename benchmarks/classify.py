@@ -22,8 +22,8 @@ import torch
 from benchmarks.table import report
 from spark_nsfw import AestheticClassifier, ImageClassifier, NsfwClassifier
 from spark_nsfw.read.embeddings import StoredEmbeddings, score_column
-from spark_nsfw.score.classifier import NsfwDetector
 from spark_nsfw.score.laion import DETECTORS
+from spark_nsfw.score.nsfw import NsfwDetector
 
 
 def write_files(folder: Path, rows_per_file: int, num_files: int) -> pa.Array:

@@ -117,7 +117,7 @@ def end_to_end(
     )
     scorer = Scorer(embedder(options, precision, batch_size), [], options.device)
     started = time.perf_counter()
-    batches = scorer.score_images(iter_sample_rows([(str(path), "s")], SampleOptions()))
+    batches = scorer.score_rows(iter_sample_rows([(str(path), "s")], SampleOptions()))
     next(batches)
     first = time.perf_counter()
     rate = sum(batch.num_rows for batch in batches) / (time.perf_counter() - first)

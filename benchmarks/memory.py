@@ -22,7 +22,7 @@ def score(path: str) -> None:
     from spark_nsfw import SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
 
     embedder = TimmImageEmbedder("test_vit2", embedding_size=768, batch_size=64)
-    batches = Scorer(embedder, [], "cpu").score_images(
+    batches = Scorer(embedder, [], "cpu").score_rows(
         iter_sample_rows([(path, "s")], SampleOptions())
     )
     rows = sum(batch.num_rows for batch in batches)

@@ -129,7 +129,7 @@ def core(directory: Path, detector: str, cores: int) -> Callable[[], int]:
     def run() -> int:
         torch.set_num_threads(cores)
         batches = iter_sample_rows(shards, SampleOptions())
-        return sum(batch.num_rows for batch in scorer.score_images(batches))
+        return sum(batch.num_rows for batch in scorer.score_rows(batches))
 
     return run
 

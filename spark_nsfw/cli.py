@@ -262,7 +262,8 @@ def _add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
-    from spark_nsfw.score.classifier import AestheticClassifier, NsfwClassifier
+    from spark_nsfw.score.aesthetic import AestheticClassifier
+    from spark_nsfw.score.nsfw import NsfwClassifier
 
     classifiers: list[ImageClassifier] = [
         NsfwClassifier(
@@ -598,7 +599,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from spark_nsfw.score.classifier import AESTHETIC_FILE
+    from spark_nsfw.score.aesthetic import AESTHETIC_FILE
     from spark_nsfw.score.staging import fetch_models
 
     others = [AESTHETIC_FILE] if options.aesthetic else []

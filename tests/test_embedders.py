@@ -26,7 +26,8 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.score.download import download, file_sha256, load_state_dict, local_file
+from spark_nsfw.score.checkpoint import load_state_dict
+from spark_nsfw.score.download import download, file_sha256, local_file
 from spark_nsfw.score.embedder import RANDOM_SEED
 from spark_nsfw.score.pixels import decode_image
 

@@ -31,6 +31,7 @@ class Recipe:
         device: a torch device; None takes the task's GPU, else the CPU.
         keep_embeddings: whether the embeddings are a result, too.
         embedding_column: the embeddings' column; an embedder's own where there is one.
+        embedding_size: width D of the embeddings; known once it is `ready`.
 
     Raises:
         InputError: two results would go to one column.
@@ -41,6 +42,7 @@ class Recipe:
     device: str | None = None
     keep_embeddings: bool = True
     embedding_column: str = "image_embedding"
+    embedding_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classifiers", tuple(self.classifiers))
@@ -117,26 +119,34 @@ class Recipe:
             device: what the workers compute on, ``cpu`` or ``cuda``; settles the tower's
                 precision. None takes this recipe's device; where that is None, too, each
                 worker computes in the precision of its own device.
-            embedding_size: width D of stored embeddings, where there is no embedder.
+            embedding_size: width D of stored embeddings, where there is no embedder. None
+                takes this recipe's own.
 
         Raises:
             EmbeddingWidthError: a classifier takes embeddings of another width.
             WeightsError: a file cannot be had or used.
             InputError: the width of stored embeddings is not given.
         """
-        device = _more_exact(self.device, device)
-        embedder = None if self.embedder is None else self.embedder.ready(device)
-        if embedder is not None:
-            if embedding_size not in (None, embedder.embedding_size):
+        embedding_size = embedding_size or self.embedding_size
+        if self.embedder is not None:
+            if embedding_size not in (None, self.embedder.embedding_size):
                 raise EmbeddingWidthError(
-                    f"{embedder.model_name} gives embeddings of width {embedder.embedding_size}, "
-                    f"not {embedding_size}"
+                    f"{self.embedder.model_name} gives embeddings of width "
+                    f"{self.embedder.embedding_size}, not {embedding_size}"
                 )
-            embedding_size = embedder.embedding_size
+            embedding_size = self.embedder.embedding_size
         if embedding_size is None:
             raise InputError("give the width of the stored embeddings (embedding_size)")
+        device = _more_exact(self.device, device)
+        # Classifiers first: they refuse a wrong width before a tower is downloaded for nothing.
         classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
-        return replace(self, embedder=embedder, classifiers=tuple(classifiers), device=device)
+        return replace(
+            self,
+            embedder=None if self.embedder is None else self.embedder.ready(device),
+            classifiers=tuple(classifiers),
+            device=device,
+            embedding_size=embedding_size,
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the output's note says of it, as plain JSON types.
@@ -165,6 +175,8 @@ class Recipe:
             settings["embedder"] = _without_sources(self.embedder.describe())
             settings["batch_size"] = self.embedder.batch_size
             settings["num_threads"] = self.embedder.num_threads_per_worker
+        else:
+            settings["embedding_size"] = self.embedding_size
         return json.dumps(settings, sort_keys=True)
 
 

@@ -22,7 +22,7 @@ from spark_nsfw.read.shards import SampleOptions, iter_sample_rows
 from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status, metadata_schema
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
-from spark_nsfw.score.scorer import fields_of
+from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.reader import iter_shards
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.workers import scorer_identity, worker_device, worker_scorer
@@ -69,7 +69,7 @@ def nsfw_udf(
     fields = [
         pa.field(STATUS, pa.string()),
         pa.field(ERROR_MESSAGE, pa.string()),
-        *fields_of(embedder, chosen, keep_embeddings),
+        *Recipe(embedder, tuple(chosen), keep_embeddings=keep_embeddings).result_fields,
     ]
 
     identity = scorer_identity(embedder, chosen, keep_embeddings)
@@ -78,7 +78,7 @@ def nsfw_udf(
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
         scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
         batches = ((_all_ok(len(series)), series.tolist()) for series in images)
-        for batch in scorer.score_images(batches):
+        for batch in scorer.score_rows(batches):
             yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
 
     return score
@@ -114,7 +114,10 @@ def score_samples(
     """
     chosen = embedder.classifiers if classifiers is None else tuple(classifiers)
     udf = nsfw_udf(embedder, chosen, device=device, keep_embeddings=keep_embeddings)
-    results = [field.name for field in fields_of(embedder, chosen, keep_embeddings)]
+    results = [
+        field.name
+        for field in Recipe(embedder, tuple(chosen), keep_embeddings=keep_embeddings).result_fields
+    ]
     scored = samples.withColumn("_scored", udf(F.col(IMAGE)))
     own = [name for name in samples.columns if name not in (IMAGE, STATUS, ERROR_MESSAGE, *results)]
     status, message = F.col(f"_scored.{STATUS}"), F.col(f"_scored.{ERROR_MESSAGE}")
@@ -154,12 +157,15 @@ def score_shards(
     """
     embedder = embedder.ready()
     chosen = settled(embedder, classifiers)
-    schema = metadata_schema(options.schema, fields_of(embedder, chosen, keep_embeddings))
+    schema = metadata_schema(
+        options.schema,
+        Recipe(embedder, tuple(chosen), keep_embeddings=keep_embeddings).result_fields,
+    )
     identity = scorer_identity(embedder, chosen, keep_embeddings)
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = worker_scorer(embedder, chosen, device, keep_embeddings, identity)
-        return scorer.score_images(iter_sample_rows(iter_shards(batches, inputs), options))
+        return scorer.score_rows(iter_sample_rows(iter_shards(batches, inputs), options))
 
     return paths.mapInArrow(score, spark_schema(schema))
 
