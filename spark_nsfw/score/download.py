@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import shutil
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
 from pyarrow import fs
 
-from spark_nsfw.errors import (
-    ChecksumError,
-    InputError,
-    WeightsUnavailableError,
-)
+from spark_nsfw.errors import ChecksumError, InputError, WeightsUnavailableError
 from spark_nsfw.storage import open_input, resolve
 
 __all__ = [
@@ -34,6 +29,15 @@ __all__ = [
     "hub_file",
     "local_file",
 ]
+
+_BLOCK_BYTES = 1 << 20
+
+#: Longer than a tick of any file system's clock (FAT: 2 s): two writes within one tick
+#: leave the same time.
+_CLOCK_TICK_SECONDS = 3
+
+#: Path → a state of its file, and the sha256 that it had then.
+_known_hashes: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,37 @@ def cache_dir() -> Path:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The sha256 of a local file, in hex; remembered for as long as the file is unchanged."""
-    stat = os.stat(path)
-    return _file_sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    """The sha256 of a local file, in hex; remembered for as long as the file is unchanged.
 
+    Not while the file is younger than a tick of its file system's clock: it could be
+    written again and look the same.
 
-@lru_cache(maxsize=32)
-def _file_sha256(path: str, _size: int, _mtime_ns: int) -> str:
-    digest = hashlib.sha256()
+    Raises:
+        OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        state, changed_seconds = _file_state(file)
+        known = _known_hashes.get(str(path))
+        if known is not None and known[0] == state:
+            return known[1]
+        started_seconds = time.time()
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK_BYTES):
             digest.update(block)
+        is_old = started_seconds - changed_seconds > _CLOCK_TICK_SECONDS
+        if is_old and _file_state(file)[0] == state:
+            _known_hashes[str(path)] = state, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _file_state(file: BinaryIO) -> tuple[tuple[int, ...], float]:
+    """What changes with a file's content, and when it last did, in Unix seconds.
+
+    A program can set a file's time of change back, but not the time when it did that.
+    """
+    stat = os.fstat(file.fileno())
+    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return state, max(stat.st_mtime, stat.st_ctime)
 
 
 def local_file(url: str, sha256: str | None = None) -> Path:
@@ -112,23 +135,23 @@ def local_file(url: str, sha256: str | None = None) -> Path:
             path = Path(name)
             if not path.is_file():
                 raise FileNotFoundError("no such file on this machine")
-        else:
-            info = filesystem.get_file_info(name)
-            version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
-            marker = hashlib.sha256(version.encode()).hexdigest()[:16]
-            path = cache_dir() / f"{marker}-{Path(name).name}"
-            if not _is_whole(path, info.size, sha256):
-                with _lock(path):
-                    if not _is_whole(path, info.size, sha256):  # not even now
-                        with open_input(url) as stream:
-                            _write_whole(stream, path, url, info.size, sha256)
+            if sha256 is not None:
+                _verify(str(path), file_sha256(path), sha256)
+            return path
+        info = filesystem.get_file_info(name)
+        version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
+        marker = hashlib.sha256(version.encode()).hexdigest()[:16]
+        path = cache_dir() / f"{marker}-{Path(name).name}"
+        if not _is_whole(path, info.size, sha256):
+            with _lock(path):
+                if not _is_whole(path, info.size, sha256):  # not even now
+                    with open_input(url) as stream:
+                        _write_whole(stream, path, url, info.size, sha256)
+        return path
     except (OSError, InputError) as exc:
         raise WeightsUnavailableError(
             f"{url}: {exc}; every machine that scores must be able to read it"
         ) from exc
-    if sha256 is not None:
-        _verify(path, sha256)
-    return path
 
 
 def download(url: str, file_name: str, sha256: str) -> Path:
@@ -158,7 +181,7 @@ def download(url: str, file_name: str, sha256: str) -> Path:
                 _write_whole(response, path, url, length and int(length), sha256)
         except (OSError, HTTPException) as exc:
             if path.exists():
-                _verify(path, sha256)
+                _verify(str(path), file_sha256(path), sha256)
             raise WeightsUnavailableError(
                 f"{url} could not be downloaded ({exc}); fetch it elsewhere and put it at {path}, "
                 "or give its path"
@@ -209,17 +232,19 @@ def _lock(path: Path) -> Iterator[None]:
     Raises:
         WeightsUnavailableError: the cache cannot be written.
     """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  # closed below
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.acquire()
     except OSError as exc:
         raise WeightsUnavailableError(
             f"{path.parent} cannot be written ({exc}): set $SPARK_NSFW_CACHE to a directory that "
             f"can, or put {path.name} there"
         ) from exc
-    with file:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _is_whole(path: Path, num_bytes: int | None, sha256: str | None) -> bool:
@@ -242,22 +267,24 @@ def _write_whole(
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4()}")
     try:
+        digest = hashlib.sha256()
         with open(partial, "xb") as file:  # for all whom the umask lets read, unlike a mkstemp
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+                file.write(block)
             arrived = file.tell()
         if num_bytes not in (None, arrived):
             raise OSError(f"the connection was cut after {arrived:,} of {num_bytes:,} bytes")
         if sha256 is not None:
-            _verify(partial, sha256, source)
+            _verify(source, digest.hexdigest(), sha256)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _verify(path: Path, expected: str, name: str | None = None) -> None:
-    found = file_sha256(path)
+def _verify(name: str, found: str, expected: str) -> None:
     if found != expected:
         raise ChecksumError(
-            f"{name or path} is not the expected file: sha256 {found} found, {expected} expected; "
+            f"{name} is not the expected file: sha256 {found} found, {expected} expected; "
             "delete it or give another"
         )
