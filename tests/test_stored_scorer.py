@@ -87,7 +87,7 @@ def test_every_list_type_gives_the_same_bits(recipe, golden, expected, data_type
 def test_what_is_no_embedding_is_a_row_that_says_why(recipe, golden, expected):
     good = golden["embedding_f32"]
     embeddings = pa.array([good[0], None, good[1][:5], good[2] * np.nan, good[3]], LIST)
-    message = pa.array([None, None, None, None, "it was warm"])
+    message = pa.array([None, "it was well", None, None, "it was warm"])
     kept = dataclasses.replace(recipe, keep_embeddings=True)
     (metadata,) = score(kept, (rows(5, error_message=message), embeddings))
     assert metadata["key"].to_pylist() == ["000", "001", "002", "003", "004"]
