@@ -130,7 +130,7 @@ def test_models_fetch_stages_the_aesthetic_classifier_too(
     shutil.copytree(weights_cache, path.parent)
     torch.save({"layers.0.weight": torch.ones(1)}, path)
     published = PublishedFile("https://nowhere.invalid/", path.name, file_sha256(path))
-    monkeypatch.setattr("spark_nsfw.score.classifier.AESTHETIC_FILE", published)
+    monkeypatch.setattr("spark_nsfw.score.aesthetic.AESTHETIC_FILE", published)
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(path.parent))
     arguments = ["models", "fetch", str(staged), "--model", "test_vit2", "--aesthetic"]
     assert main(arguments) == 0

@@ -214,7 +214,10 @@ def test_classifiers_are_sized_by_the_embedder_or_by_what_is_stored(
     stored = Recipe.of(None, [NsfwClassifier()])
     with pytest.raises(InputError, match="embedding_size"):
         stored.ready()
-    assert stored.ready(embedding_size=512).classifiers[0].embedding_size == 512
+    sized = stored.ready(embedding_size=512)
+    assert (sized.embedding_size, sized.classifiers[0].embedding_size) == (512, 512)
+    assert sized.ready(device="cpu").describe() == sized.describe()  # knows its width by now
+    assert sized.identity != stored.identity
     with pytest.raises(EmbeddingWidthError, match="width 100"):
         stored.ready(embedding_size=100)
     with pytest.raises(EmbeddingWidthError, match="768, not 512"):
@@ -279,3 +282,9 @@ def test_a_worker_checks_its_files_against_those_of_the_driver(
 def test_it_cannot_be_changed(embedder):
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe.of(embedder).device = "cpu"
+
+
+def test_a_wrong_width_is_refused_before_the_tower_is_fetched():
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=32, checkpoint_path="/nowhere/x.pt")
+    with pytest.raises(EmbeddingWidthError, match="width 32"):
+        Recipe.of(embedder, [AestheticClassifier()]).ready()

@@ -54,7 +54,8 @@ def add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
 
 def classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
     """The classifiers that `add_classifier_arguments` chose."""
-    from spark_nsfw.score.classifier import AestheticClassifier, NsfwClassifier
+    from spark_nsfw.score.aesthetic import AestheticClassifier
+    from spark_nsfw.score.nsfw import NsfwClassifier
 
     chosen: list[ImageClassifier] = [
         NsfwClassifier(

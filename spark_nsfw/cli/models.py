@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    from spark_nsfw.score.classifier import AESTHETIC_FILE
+    from spark_nsfw.score.aesthetic import AESTHETIC_FILE
     from spark_nsfw.score.staging import fetch_models
 
     others = [AESTHETIC_FILE] if options.aesthetic else []

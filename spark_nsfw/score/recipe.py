@@ -11,11 +11,12 @@ import pyarrow as pa
 import torch
 
 from spark_nsfw.errors import EmbeddingWidthError, InputError
+from spark_nsfw.note import package_version
 from spark_nsfw.schema import result_fields
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "provenance"]
 
 
 @dataclass(frozen=True)
@@ -118,29 +119,30 @@ class Recipe:
             device: what the workers compute on, ``cpu`` or ``cuda``; settles the tower's
                 precision. None takes this recipe's device; where that is None, too, each
                 worker computes in the precision of its own device.
-            embedding_size: width D of stored embeddings, where there is no embedder.
+            embedding_size: width D of stored embeddings, where there is no embedder. None
+                takes this recipe's own.
 
         Raises:
             EmbeddingWidthError: a classifier takes embeddings of another width.
             WeightsError: a file cannot be had or used.
             InputError: the width of stored embeddings is not given.
         """
-        device = _more_exact(self.device, device)
         embedding_size = embedding_size or self.embedding_size
-        embedder = None if self.embedder is None else self.embedder.ready(device)
-        if embedder is not None:
-            if embedding_size not in (None, embedder.embedding_size):
+        if self.embedder is not None:
+            if embedding_size not in (None, self.embedder.embedding_size):
                 raise EmbeddingWidthError(
-                    f"{embedder.model_name} gives embeddings of width {embedder.embedding_size}, "
-                    f"not {embedding_size}"
+                    f"{self.embedder.model_name} gives embeddings of width "
+                    f"{self.embedder.embedding_size}, not {embedding_size}"
                 )
-            embedding_size = embedder.embedding_size
+            embedding_size = self.embedder.embedding_size
         if embedding_size is None:
             raise InputError("give the width of the stored embeddings (embedding_size)")
+        device = _more_exact(self.device, device)
+        # Classifiers first: they refuse a wrong width before a tower is downloaded for nothing.
         classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
         return replace(
             self,
-            embedder=embedder,
+            embedder=None if self.embedder is None else self.embedder.ready(device),
             classifiers=tuple(classifiers),
             device=device,
             embedding_size=embedding_size,
@@ -173,6 +175,8 @@ class Recipe:
             settings["embedder"] = _without_sources(self.embedder.describe())
             settings["batch_size"] = self.embedder.batch_size
             settings["num_threads"] = self.embedder.num_threads_per_worker
+        else:
+            settings["embedding_size"] = self.embedding_size
         return json.dumps(settings, sort_keys=True)
 
 
@@ -191,3 +195,14 @@ def _without_sources(value: Any) -> Any:
             if name != "source" or value.get("sha256") is None
         }
     return [_without_sources(entry) for entry in value] if isinstance(value, list) else value
+
+
+def provenance(
+    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier]
+) -> dict[str, Any]:
+    """Tower, detectors, their weights and the version of this package, as plain JSON types."""
+    return {
+        "version": package_version(),
+        "embedder": embedder.describe(),
+        "classifiers": [classifier.describe() for classifier in classifiers],
+    }
