@@ -79,19 +79,29 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
     Raises:
         InputError: no filesystem for this kind of URL.
     """
+    scheme, authority, path = _parts(url)
+    if not scheme:
+        return fs.LocalFileSystem(), path
+    filesystem, root = _filesystem(scheme, authority)
+    return filesystem, f"{root.rstrip('/')}/{path}"
+
+
+def _parts(url: str) -> tuple[str, str, str]:
+    """URL → pyarrow's scheme, authority, path in it; no scheme for a local file."""
     scheme, colon, rest = url.partition(":")
     if not colon or "/" in scheme or len(scheme) == 1:
-        return fs.LocalFileSystem(), str(Path(url).absolute())
+        return "", "", str(Path(url).absolute())
     if scheme == "file":
-        return fs.LocalFileSystem(), unquote(rest[2:]) if rest.startswith("///") else rest
+        return "", "", unquote(rest[2:]) if rest.startswith("///") else rest
     if scheme == "dbfs":
         path = "/" + rest.lstrip("/")
-        return fs.LocalFileSystem(), path if path.startswith("/Volumes/") else "/dbfs" + path
-    authority, _, key = rest.lstrip("/").partition("/") if rest.startswith("//") else ("", "", rest)
+        return "", "", path if path.startswith("/Volumes/") else "/dbfs" + path
+    authority, _, path = (
+        rest.lstrip("/").partition("/") if rest.startswith("//") else ("", "", rest)
+    )
     if rest.startswith("///"):
-        authority, key = "", rest.lstrip("/")
-    filesystem, root = _filesystem(_SCHEME_ALIASES.get(scheme, scheme), authority)
-    return filesystem, f"{root.rstrip('/')}/{key.lstrip('/')}"
+        authority, path = "", rest
+    return _SCHEME_ALIASES.get(scheme, scheme), authority, path.lstrip("/")
 
 
 def hadoop_path(path: str) -> str:
@@ -430,10 +440,9 @@ def is_below(url: str, directory: str) -> bool:
 
 
 def _real(url: str) -> str:
-    filesystem, path = resolve(url)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        return str(Path(path).resolve())
-    return f"{filesystem.type_name}:{path.rstrip('/')}"
+    """A name for a place, the same for all its URLs; no store is asked."""
+    scheme, authority, path = _parts(url)
+    return f"{scheme}://{authority}/{path}".rstrip("/") if scheme else str(Path(path).resolve())
 
 
 def list_files(url: str) -> tuple[str, list[str]]:

@@ -82,6 +82,11 @@ def _is_skipped(name: str) -> bool:
     return name.startswith(("_temporary", ".spark-staging-", "__magic"))
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether readers skip a file, for its own name or for a directory's at the top."""
+    return any(part.startswith((".", "_")) for part in (name, name.rpartition("/")[2]))
+
+
 @dataclass(frozen=True)
 class MetadataFiles:
     """The files of one output.
@@ -243,7 +248,7 @@ class MetadataFiles:
         names = [entry.name for entry in iter_files(self.url)]
         ours = [name for name in names if _OURS.match(name)]
         for name in sorted({*names} - {*ours}):
-            if not name.rpartition("/")[2].startswith((".", "_")):
+            if not _is_hidden(name):
                 raise InputError(
                     f"{self.url} has files that spark-nsfw did not write, such as {name}: nothing "
                     "is deleted. Move them elsewhere first, or give another output"
@@ -272,7 +277,7 @@ def refuse_place(output: str, source: Source) -> None:
     if files.is_begun:
         return
     for entry in iter_files(output):
-        if not entry.name.startswith(("_", ".")) and not _OURS.match(entry.name):
+        if not _is_hidden(entry.name) and not _OURS.match(entry.name):
             raise InputError(
                 f"{output} is no output of spark-nsfw and has files in it, such as "
                 f"{entry.name}: give a directory of its own"
