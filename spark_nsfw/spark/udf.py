@@ -38,6 +38,7 @@ def settled(
     What does not fit is refused here, on the driver, before any task starts; the workers
     check their own copies of the files against the sha256.
     """
+    embedder.ready()
     chosen = embedder.classifiers if classifiers is None else classifiers
     return [classifier.for_embedding_size(embedder.embedding_size) for classifier in chosen]
 
