@@ -282,9 +282,3 @@ def test_a_worker_checks_its_files_against_those_of_the_driver(
 def test_it_cannot_be_changed(embedder):
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe.of(embedder).device = "cpu"
-
-
-def test_a_wrong_width_is_refused_before_the_tower_is_fetched():
-    embedder = TimmImageEmbedder("test_vit2", embedding_size=32, checkpoint_path="/nowhere/x.pt")
-    with pytest.raises(EmbeddingWidthError, match="width 32"):
-        Recipe.of(embedder, [AestheticClassifier()]).ready()

@@ -138,11 +138,11 @@ class Recipe:
         if embedding_size is None:
             raise InputError("give the width of the stored embeddings (embedding_size)")
         device = _more_exact(self.device, device)
-        # Classifiers first: they refuse a wrong width before a tower is downloaded for nothing.
+        embedder = None if self.embedder is None else self.embedder.ready(device)
         classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
         return replace(
             self,
-            embedder=None if self.embedder is None else self.embedder.ready(device),
+            embedder=embedder,
             classifiers=tuple(classifiers),
             device=device,
             embedding_size=embedding_size,
