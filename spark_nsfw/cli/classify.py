@@ -18,6 +18,8 @@ def add_parser(commands: Commands) -> None:
         description="Score stored embeddings: an output of `spark-nsfw score`, sidecars such as "
         "NeMo Curator's with a column of embeddings, or clip-retrieval's img_emb/*.npy with "
         "metadata/*.parquet.",
+        epilog="OUTPUT is a directory of its own: empty, new, or of an earlier run that scored "
+        "the same embeddings in the same way.",
     )
     parser.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
     parser.add_argument("output", help="directory for the Parquet metadata")
@@ -44,6 +46,11 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from spark_nsfw.ownership import refuse_foreign_metadata, refuse_overlap
+
+    refuse_overlap(options.output, [options.metadata])
+    refuse_foreign_metadata(options.output)
+
     from spark_nsfw.spark.classify import classify_metadata
     from spark_nsfw.spark.session import active_or_local_session
 
