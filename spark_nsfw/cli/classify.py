@@ -20,6 +20,8 @@ def add_parser(commands: Commands) -> None:
         description="Score stored embeddings: an output of `spark-nsfw score`, sidecars such as "
         "NeMo Curator's with a column of embeddings, or clip-retrieval's img_emb/*.npy with "
         "metadata/*.parquet. Run a stopped command again to continue where it stopped.",
+        epilog="OUTPUT is a directory of its own: empty, new, or of an earlier run that scored "
+        "the same embeddings in the same way.",
     )
     parser.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
     parser.add_argument("output", help="directory for the Parquet metadata")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from spark_nsfw.cli.arguments import Commands, names
 from spark_nsfw.cli.exit_status import ExitStatus
@@ -18,6 +19,10 @@ def add_parser(commands: Commands) -> None:
         description="Write WebDataset shards of the samples whose metadata satisfies a predicate. "
         "Members are copied byte for byte, and each shard gets a sidecar Parquet. Run a stopped "
         "export again to continue where it stopped.",
+        epilog="OUTPUT is a directory of its own: empty, new, or of the same export. Files that "
+        "no export wrote are never changed or deleted. Exit status: 0 done; 1 failed (run the "
+        "same command again to resume), or done but for chosen samples that are not in the shards "
+        "given; 2 bad arguments, nothing was written.",
     )
     parser.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
     parser.add_argument("output", help="directory for the new shards")
@@ -27,6 +32,12 @@ def add_parser(commands: Commands) -> None:
         required=True,
         metavar="INPUT",
         help="the shards that were scored: the INPUT of `spark-nsfw score`",
+    )
+    parser.add_argument(
+        "--allow-moved",
+        action="store_true",
+        help="accept shards in another place than the one that was scored, for a dataset that "
+        "was moved or copied",
     )
     parser.add_argument(
         "--where",
@@ -74,24 +85,39 @@ def add_parser(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.use.export_output import refuse_export
+    from spark_nsfw.use.regroup import ExportOptions
+
+    inputs = ShardInputs.parse(options.shards)
+    export_options = ExportOptions(
+        samples_per_shard=options.samples_per_shard,
+        renumber=options.renumber,
+        shard_digits=options.shard_digits,
+        old_id_col=options.old_id_col,
+    )
+    refuse_export(options.metadata, options.output, inputs, allow_moved=options.allow_moved)
+
     from spark_nsfw.spark.export import export_metadata
     from spark_nsfw.spark.session import active_or_local_session
-    from spark_nsfw.use.regroup import ExportOptions
 
     summary = export_metadata(
         active_or_local_session(),
         options.metadata,
         options.output,
-        ShardInputs.parse(options.shards),
+        inputs,
         options.where,
         columns=names(options.columns),
         keep_unscored=options.keep_unscored,
-        options=ExportOptions(
-            samples_per_shard=options.samples_per_shard,
-            renumber=options.renumber,
-            shard_digits=options.shard_digits,
-            old_id_col=options.old_id_col,
-        ),
+        allow_moved=options.allow_moved,
+        options=export_options,
     )
     print(summary)
+    if summary.num_lost:
+        print(
+            f"spark-nsfw: {summary.num_lost:,} of the chosen samples could not be copied from the "
+            f"shards given ({summary.problems[0]}); the others are exported. Restore the shards "
+            "as they were scored, or score them anew, and export into another directory",
+            file=sys.stderr,
+        )
+        return ExitStatus.FAILED
     return ExitStatus.DONE

@@ -17,13 +17,19 @@ def add_parser(commands: Commands) -> None:
         "fetch",
         help="fetch towers and detectors into a directory",
         description="Fetch CLIP towers and LAION's detectors, with their checksums, into one "
-        "directory; `spark-nsfw score --models DIR` takes them from there.",
+        "directory; `spark-nsfw score --models DIR` takes them from there. Run it again to add "
+        "more. Files that are there are never replaced.",
     )
-    fetch.add_argument("directory")
     fetch.add_argument(
-        "--model", action="append", help=f"timm tower; may be repeated (default: {DEFAULT_MODEL})"
+        "directory", help="a directory of its own: new, empty, or filled by `models fetch`"
     )
-    fetch.add_argument("--aesthetic", action="store_true", help="LAION-Aesthetics V2, too")
+    fetch.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help=f"timm tower; may be repeated (default: {DEFAULT_MODEL})",
+    )
+    fetch.add_argument("--aesthetic", action="store_true", help="also fetch LAION-Aesthetics V2")
     fetch.set_defaults(run=_fetch)
 
 

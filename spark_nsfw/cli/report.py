@@ -19,7 +19,13 @@ def add_parser(commands: Commands) -> None:
         "unusual shards, throughput and provenance of an output on one self-contained HTML page.",
     )
     parser.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the HTML file; replaces an older report, and refuses to replace anything else",
+    )
     parser.add_argument(
         "--shards",
         nargs="+",
@@ -54,12 +60,16 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.use.page import refuse_missing_libraries, refuse_page_file, write_page
+
+    inputs = ShardInputs.parse(options.shards) if options.shards else None
+    roots = [] if inputs is None else [inputs.filesystem + root for root in inputs.roots]
+    refuse_page_file(options.output, [options.metadata, *roots])
+    refuse_missing_libraries()
+
     from spark_nsfw.spark.report import collect_report
     from spark_nsfw.spark.session import active_or_local_session
-    from spark_nsfw.use.page import render
 
     data = collect_report(
         active_or_local_session(),
@@ -68,8 +78,8 @@ def _run(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         label_column=options.label_column,
         wanted_recall=options.recall,
-        inputs=ShardInputs.parse(options.shards) if options.shards else None,
+        inputs=inputs,
     )
-    Path(options.output).write_text(render(data), "utf-8")
+    write_page(options.output, data)
     print(f"report    {options.output}")
     return ExitStatus.DONE

@@ -11,12 +11,11 @@ import pyarrow as pa
 import torch
 
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.note import package_version
 from spark_nsfw.schema import result_fields
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
 
-__all__ = ["Recipe", "provenance"]
+__all__ = ["Recipe"]
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,3 @@ def _without_sources(value: Any) -> Any:
             if name != "source" or value.get("sha256") is None
         }
     return [_without_sources(entry) for entry in value] if isinstance(value, list) else value
-
-
-def provenance(
-    embedder: TimmImageEmbedder, classifiers: Sequence[ImageClassifier]
-) -> dict[str, Any]:
-    """Tower, detectors, their weights and the version of this package, as plain JSON types."""
-    return {
-        "version": package_version(),
-        "embedder": embedder.describe(),
-        "classifiers": [classifier.describe() for classifier in classifiers],
-    }

@@ -1,8 +1,8 @@
-"""Which rows an export keeps, written once: a run that was stopped goes on with the same."""
+"""Which rows an export keeps: written once, so that a stopped run goes on with the same rows."""
 
 from __future__ import annotations
 
-import json
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from pyspark.sql import functions as F
 from spark_nsfw.errors import InputError
 from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS
 from spark_nsfw.spark.output import ParquetOutput
-from spark_nsfw.storage import delete_directory, open_input
-from spark_nsfw.use.regroup import ExportOptions, plan_shards
-from spark_nsfw.use.tar_writer import KEPT, SOURCE_SHARD, STATE, new_file
+from spark_nsfw.use.export_output import selection_directory
+from spark_nsfw.use.regroup import ExportOptions
+from spark_nsfw.use.tar_writer import KEPT, SOURCE_SHARD
 
-__all__ = ["freeze", "kept_columns", "read_plan"]
+__all__ = ["freeze", "kept_columns"]
 
 _OURS = (SHARD, KEY, STATUS, ERROR_MESSAGE)
 
@@ -53,12 +53,19 @@ def kept_columns(
     return [name for name in rows.columns if columns is None or name in always | {*columns}]
 
 
-def freeze(
-    rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
-) -> dict[str, Any]:
-    """Write which rows to keep, once, and then the plan, which says that they are complete."""
-    selection = f"{output}/{STATE}/selection"
-    delete_directory(selection)  # of a run that was stopped before its plan stood
+def freeze(rows: DataFrame, output: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Write which rows to keep into a directory that no other run writes to.
+
+    Args:
+        rows: with a column `KEPT` of booleans.
+        output: of the export, a path or URL.
+        request: what is exported; its ``columns`` are written.
+
+    Returns:
+        The plan: the request, where the selection is, and its numbers of rows.
+    """
+    plan: dict[str, Any] = {"request": request, "selection": str(uuid.uuid4())}
+    selection = selection_directory(output, plan)
     # Rows that are not kept go along, with nothing but their status, to be counted where they
     # are written: RAPIDS cannot plan a query that counts them with `observe`.
     columns = [
@@ -71,31 +78,16 @@ def freeze(
     place = ParquetOutput(rows.sparkSession, selection)
     place.begin(frozen.schema, {})
     place.append(frozen)
-    written = rows.sparkSession.read.parquet(selection)
     num_rows: Counter[str] = Counter()
     num_selected: Counter[str] = Counter()
     num_selected_by_shard: Counter[str] = Counter()
-    for row in written.groupBy(SHARD, STATUS, KEPT).count().collect():
+    for row in place.rows().groupBy(SHARD, STATUS, KEPT).count().collect():
         num_rows[row[STATUS]] += row["count"]
         if row[KEPT]:
             num_selected[row[STATUS]] += row["count"]
             num_selected_by_shard[row[SHARD]] += row["count"]
-    plan = {
-        "request": request,
+    return plan | {
         "num_rows": num_rows,
         "num_selected": num_selected,
         "num_selected_by_shard": num_selected_by_shard,
     }
-    plan_shards(num_selected_by_shard, options)  # refused before the plan stands
-    with new_file(f"{output}/{STATE}/plan.json", output) as file:
-        file.write(json.dumps(plan, indent=1).encode())
-    return plan
-
-
-def read_plan(output: str) -> dict[str, Any] | None:
-    """The plan that `freeze` left in an output, or None where no selection is complete."""
-    try:
-        with open_input(f"{output}/{STATE}/plan.json") as file:
-            return dict(json.loads(file.read()))
-    except FileNotFoundError:
-        return None

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import copy
 import io
-import posixpath
 import tarfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spark_nsfw.errors import JobError, ShardError
+from spark_nsfw.errors import JobError, ShardError, StorageError
 from spark_nsfw.read.tar import Member, iter_runs
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
-from spark_nsfw.storage import move_file, open_input, resolve
+from spark_nsfw.storage import open_input
+from spark_nsfw.use.export_output import new_file
 from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece
 
-__all__ = ["KEPT", "SOURCE_SHARD", "STATE", "Written", "new_file", "write_output_shard"]
-
-#: Everything of ours in the output that is no shard; readers skip names with an underscore.
-STATE = "_spark_nsfw"
+__all__ = ["KEPT", "SOURCE_SHARD", "Written", "write_output_shard"]
 
 #: The sidecars' column that says which shard a sample was in before shards were regrouped.
 SOURCE_SHARD = "source_shard"
@@ -48,7 +44,7 @@ class Written:
     Attributes:
         num_samples: in the tar and in the sidecar.
         num_bytes: of the tar.
-        problems: why samples that were selected are not among them, for a person.
+        problems: why selected samples are not among them, for a person.
     """
 
     num_samples: int = 0
@@ -76,7 +72,9 @@ def write_output_shard(
 
     Raises:
         JobError: two samples from different shards have one key, and are not renumbered.
-        OSError: something cannot be read or written. Nothing is left under a final name.
+        FileNotFoundError: a shard is gone.
+        OSError: something cannot be read or written now, as a `StorageError` where it is a
+            shard. Nothing is left under a final name.
     """
     written = Written()
     shard_of: dict[str, str] = {}  # key of a sample written → the shard it came from
@@ -113,7 +111,11 @@ def write_output_shard(
                     found.append(row)
                     new_keys.append(new_key)
                     for member in run:
-                        tar.copy(source, member, new_key + member.name[len(key) :])
+                        new_name = new_key + member.name[len(key) :]
+                        try:
+                            tar.copy(source, member, new_name)
+                        except StorageError as exc:
+                            raise StorageError(f"{shard_urls[piece.shard]}: {exc}") from exc
             table = _sidecar_rows(
                 rows.take(pa.array(found, pa.int64())), new_keys, piece.shard, shard.name, options
             )
@@ -128,29 +130,6 @@ def write_output_shard(
     return written
 
 
-@contextmanager
-def new_file(url: str, output: str) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name when it is whole.
-
-    Args:
-        url: its path or URL.
-        output: the directory of all output, in which the file grows out of sight.
-    """
-    filesystem, path = resolve(url)
-    partial_url = f"{output.rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
-    _, partial = resolve(partial_url)
-    filesystem.create_dir(posixpath.dirname(partial))
-    try:
-        with filesystem.open_output_stream(partial) as stream:
-            yield stream
-        filesystem.create_dir(posixpath.dirname(path))
-        move_file(partial_url, url)
-    except BaseException:
-        with suppress(OSError):
-            filesystem.delete_file(partial)
-        raise
-
-
 class _TarWriter:
     """Appends members of other tars to a stream, as they are.
 
@@ -163,7 +142,12 @@ class _TarWriter:
         self.num_bytes = 0
 
     def copy(self, source: BinaryIO, member: Member, name: str) -> None:
-        """Copy a member: to the bit where it keeps its name, else with the name changed."""
+        """Copy a member: to the bit where it keeps its name, else with the name changed.
+
+        Raises:
+            StorageError: the source cannot be read now.
+            OSError: the stream cannot be written now.
+        """
         header = member.header
         start = header.offset
         if name != member.name:
@@ -172,14 +156,8 @@ class _TarWriter:
             renamed.pax_headers = {k: v for k, v in header.pax_headers.items() if k != "path"}
             self._write(renamed.tobuf(tarfile.PAX_FORMAT))
             start = header.offset_data
-        source.seek(start)
-        remaining = _data_end(member) - start
-        while remaining:
-            content = source.read(min(remaining, _COPY_BYTES))
-            if not content:
-                raise OSError(f"{member.name} was cut off while it was copied")
+        for content in _iter_content(source, member, start):
             self._write(content)
-            remaining -= len(content)
         self._write(b"\0" * (-self.num_bytes % tarfile.BLOCKSIZE))
 
     def finish(self) -> None:
@@ -192,6 +170,27 @@ class _TarWriter:
     def _write(self, content: bytes) -> None:
         self._stream.write(content)
         self.num_bytes += len(content)
+
+
+def _iter_content(source: BinaryIO, member: Member, start: int) -> Iterator[bytes]:
+    """The bytes of a member from ``start``, a header's offset or its data's, to its end.
+
+    Raises:
+        StorageError: they cannot be read now.
+    """
+    remaining = _data_end(member) - start
+    try:
+        source.seek(start)
+        while remaining:
+            content = source.read(min(remaining, _COPY_BYTES))
+            if not content:  # it was whole when the shard was opened
+                raise StorageError(f"{member.name} was cut off while it was copied")
+            yield content
+            remaining -= len(content)
+    except StorageError:
+        raise
+    except OSError as exc:
+        raise StorageError(f"{member.name} cannot be read: {exc}") from exc
 
 
 def _data_end(member: Member) -> int:
@@ -239,8 +238,8 @@ def _iter_selected(
             if not wanted:
                 return
     except ShardError as exc:
-        if isinstance(exc.__cause__, OSError):
-            raise exc.__cause__ from exc  # the next attempt may read it
+        if isinstance(exc.__cause__, OSError):  # cannot be read now: another attempt may
+            raise StorageError(f"{piece.shard}: {exc}") from exc
         fault = f" ({exc})"
     if wanted:
         key, _ = next(iter(wanted))
