@@ -157,7 +157,7 @@ def test_a_file_that_is_no_tar_gives_one_row(tmp_path, content):
 
 
 def test_a_shard_that_is_not_there_is_no_damage(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.tar"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
         list(iter_samples(str(tmp_path / "gone.tar")))
 
 
