@@ -25,8 +25,8 @@ from benchmarks.table import report
 from examples.photographs import write_photograph_shards
 from spark_nsfw import NsfwClassifier, SampleOptions, Scorer, TimmImageEmbedder, iter_sample_rows
 from spark_nsfw.read.tar import iter_samples
-from spark_nsfw.score.embedder import CPU_BLOCK_IMAGES
 from spark_nsfw.score.pixels import decode_image
+from spark_nsfw.score.tower import CPU_BLOCK_IMAGES
 
 ROUNDS = 3
 
@@ -81,12 +81,12 @@ def consume(results: Iterable[object]) -> None:
 
 
 def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, float]]:
-    embedder, size = scorer.embedder, scorer.embedder.image_size
+    embedder, size = scorer.passes.embedder, scorer.passes.embedder.image_size
     images = [s.members["jpg"] for path, _ in shards for s in iter_samples(path)]
     batches = list(iter_sample_rows(shards, SampleOptions()))
     tower = embedder.load_embedding_model("cpu")
     pixels = torch.randint(0, 256, (CPU_BLOCK_IMAGES, size, size, 3), dtype=torch.uint8)
-    (classifier,) = scorer.classifiers
+    (classifier,) = scorer.passes.classifiers
     metadata = pa.Table.from_batches(scorer.score_rows(batches))
     blocks = range(len(images) // CPU_BLOCK_IMAGES)
     with torch.inference_mode():

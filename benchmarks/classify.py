@@ -21,9 +21,11 @@ import torch
 
 from benchmarks.table import report
 from spark_nsfw import AestheticClassifier, ImageClassifier, NsfwClassifier
-from spark_nsfw.read.embeddings import StoredEmbeddings, score_column
-from spark_nsfw.score.classifier import NsfwDetector
+from spark_nsfw.read.embeddings import EmbeddingSource
 from spark_nsfw.score.laion import DETECTORS
+from spark_nsfw.score.nsfw import NsfwDetector
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.score.stored import StoredScorer, score_column
 
 
 def write_files(folder: Path, rows_per_file: int, num_files: int) -> pa.Array:
@@ -49,9 +51,12 @@ def write_files(folder: Path, rows_per_file: int, num_files: int) -> pa.Array:
 
 def score_files(directory: Path, classifiers: list[ImageClassifier]) -> int:
     """The number of rows that got a score."""
-    stored = StoredEmbeddings.open(str(directory))
-    batches = stored.score_files(stored.files, classifiers, "cpu")
-    return sum(batch.num_rows - batch.column("nsfw_score").null_count for batch in batches)
+    source = EmbeddingSource.open(str(directory))
+    recipe = Recipe.of(None, classifiers, keep_embeddings=False)
+    scorer = StoredScorer(recipe.ready(embedding_size=source.width), "cpu")
+    schema = source.schema()
+    rows = (rows for unit in source.units() for rows in source.read(unit, schema))
+    return sum(b.num_rows - b.column("nsfw_score").null_count for b in scorer.score_rows(rows))
 
 
 def score_python_lists(column: pa.Array, classifier: ImageClassifier) -> int:

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.table import report
 from examples.photographs import write_shard
-from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, write_output_shard
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece
+from spark_nsfw.use.tar_writer import write_output_shard
 
 
 def export(folder: Path, rows: int, options: ExportOptions) -> int:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from examples.photographs import damaged_samples, write_photograph_shards, write_shard
 from spark_nsfw import NsfwClassifier, SparkNsfwError
 from spark_nsfw.cli import main
-from spark_nsfw.score.classifier import NsfwDetector
 from spark_nsfw.score.laion import DETECTORS
+from spark_nsfw.score.nsfw import NsfwDetector
 from spark_nsfw.spark.session import active_or_local_session
 
 

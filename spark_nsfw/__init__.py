@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from spark_nsfw.errors import SparkNsfwError
     from spark_nsfw.read.shards import SampleOptions, iter_sample_batches, iter_sample_rows
     from spark_nsfw.schema import Status
-    from spark_nsfw.score.classifier import AestheticClassifier, ImageClassifier, NsfwClassifier
+    from spark_nsfw.score.aesthetic import AestheticClassifier
+    from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.embedder import TimmImageEmbedder
+    from spark_nsfw.score.nsfw import NsfwClassifier
     from spark_nsfw.score.scorer import Scorer
     from spark_nsfw.spark.datasource import register_webdataset
     from spark_nsfw.spark.reader import read_webdataset
     from spark_nsfw.spark.udf import nsfw_udf, score_samples
 
 _MODULES = {
-    "AestheticClassifier": "score.classifier",
+    "AestheticClassifier": "score.aesthetic",
     "ImageClassifier": "score.classifier",
     "ImageTextPairDataset": "dataset",
-    "NsfwClassifier": "score.classifier",
+    "NsfwClassifier": "score.nsfw",
     "SampleOptions": "read.shards",
     "Scorer": "score.scorer",
     "SparkNsfwError": "errors",

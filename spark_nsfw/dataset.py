@@ -19,13 +19,15 @@ from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.embedder import TimmImageEmbedder
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.spark.cluster import device_kind
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.job import JobOptions, write_units
 from spark_nsfw.spark.output import ParquetOutput, noted_schema, with_note
-from spark_nsfw.spark.plans import metadata_rows, sample_rows
+from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
+from spark_nsfw.spark.units import sample_rows
+from spark_nsfw.spark.worker import device_kind
+from spark_nsfw.storage import files_digest
 from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
 from spark_nsfw.use.sidecars import move_beside_shards
@@ -288,6 +290,7 @@ class ImageTextPairDataset:
             {
                 "filter_column": filter_column,
                 "query_sha256": plan_digest(metadata),
+                "shards_sha256": files_digest(self.tar_files),
                 **made_by,
             },
             options=ExportOptions(

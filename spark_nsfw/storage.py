@@ -85,14 +85,14 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
         InputError: no filesystem for this kind of URL.
         StorageError: the store does not answer.
     """
-    scheme, authority, path = _split(url)
+    scheme, authority, path = _parts(url)
     if not scheme:
         return fs.LocalFileSystem(), path
     filesystem, root = _filesystem(scheme, authority)
     return filesystem, f"{root.rstrip('/')}/{path}"
 
 
-def _split(url: str) -> tuple[str, str, str]:
+def _parts(url: str) -> tuple[str, str, str]:
     """URL → (scheme as pyarrow names it, authority, path in it); local paths have no scheme."""
     scheme, colon, rest = url.partition(":")
     if not colon or "/" in scheme or len(scheme) == 1:
@@ -141,7 +141,7 @@ class _RetryingFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
-        self.is_local = not _split(url)[0]
+        self.is_local = not _parts(url)[0]
         self._file: Any = None
         self._position = 0
         self._size = -1
@@ -479,7 +479,7 @@ def is_below(url: str, directory: str) -> bool:
 
 def _real(url: str) -> str:
     """One name for a place, with a slash at its end."""
-    scheme, authority, path = _split(url)
+    scheme, authority, path = _parts(url)
     if scheme:
         return f"{scheme}://{authority}/{path}".rstrip("/") + "/"
     return str(Path(path).resolve()).rstrip("/") + "/"
@@ -498,7 +498,7 @@ def list_files(url: str) -> tuple[str, list[str]]:
         StorageError: they cannot be listed now.
         InputError: no filesystem for this kind of URL.
     """
-    prefix = url if _split(url)[0] else _split(url)[2]
+    prefix = url if _parts(url)[0] else _parts(url)[2]
     if find_file(url) is not None:
         directory, _, name = prefix.rpartition("/")
         return f"{directory}/", [name]

@@ -27,10 +27,10 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.score.classifier import NsfwDetector
 from spark_nsfw.score.download import file_sha256
-from spark_nsfw.score.embedder import Tower
 from spark_nsfw.score.laion import DETECTORS, _code_of_text, read_detector
+from spark_nsfw.score.nsfw import NsfwDetector
+from spark_nsfw.score.tower import Tower
 
 ZIPS = {"vit_l_14": "clip_autokeras_binary_nsfw.zip", "vit_b_32": "clip_autokeras_nsfw_b32.zip"}
 

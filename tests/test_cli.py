@@ -1,11 +1,14 @@
 import shutil
 import subprocess
+import sys
+import uuid
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from test_job import arguments
+from test_ownership import listing, write_files
 
 from spark_nsfw import AestheticClassifier
 from spark_nsfw.cli import main
@@ -57,6 +60,33 @@ def test_help_lists_every_option(capsys):
         assert option in text
 
 
+VERBS = ["score", "classify", "report", "export", "models", "models fetch", "inspect"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_imports_neither_torch_nor_spark(verb):
+    script = f"""
+import sys
+from spark_nsfw.cli import main
+try:
+    main({[*verb.split(), "--help"]!r})
+except SystemExit as exit_:
+    assert exit_.code == 0
+heavy = {{"torch", "timm", "pyspark", "pandas", "matplotlib", "PIL"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: spark-nsfw {verb}".strip())
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "spark_nsfw.cli", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for verb in ["score", "classify", "report", "export", "models", "inspect"]:
+        assert f"\n    {verb}" in shown
+
+
 @pytest.fixture
 def staged(tmp_path, monkeypatch, weights_cache):
     """A directory that `models fetch` made from a hub whose cache has one small tower."""
@@ -83,6 +113,78 @@ def test_models_fetch_stages_what_sha256sum_can_check(staged, capsys):
     subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=staged, check=True)
 
 
+def fetch(directory, *more):
+    return main(["models", "fetch", str(directory), "--model", "test_vit2", *more])
+
+
+def test_models_fetch_again_changes_nothing_and_takes_away_what_a_kill_left(staged):
+    before = listing(staged)
+    write_files(staged, f".test_vit2.safetensors.{uuid.uuid4()}.partial")
+    assert fetch(staged) == 0
+    assert listing(staged) == before
+
+
+@pytest.mark.parametrize("left", ["test_vit2.safetensors", "clip_autokeras_nsfw_b32.zip"])
+def test_models_fetch_goes_on_after_a_kill(staged, left):
+    for path in staged.iterdir():
+        if path.name != left:
+            path.unlink()
+    before = listing(staged)
+    assert fetch(staged) == 0
+    assert listing(staged).items() > before.items()
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=staged, check=True)
+
+
+def test_models_fetch_leaves_files_beside_its_own_alone(staged):
+    write_files(staged, "model.safetensors", "folder/SHA256SUMS")
+    (staged / "test_vit2.safetensors").unlink()
+    before = listing(staged)
+    assert fetch(staged) == 0
+    assert listing(staged).items() > before.items()
+
+
+@pytest.mark.parametrize("name", ["test_vit2.safetensors", "clip_autokeras_binary_nsfw.zip"])
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_models_fetch_replaces_no_file(staged, capsys, name, with_sums):
+    (staged / name).write_bytes(b"fine-tuned by me")
+    sums = staged / "SHA256SUMS"
+    if with_sums:  # not even where the checksums are right
+        lines = [line for line in sums.read_text().splitlines() if not line.endswith(name)]
+        sums.write_text("\n".join([*lines, f"{file_sha256(staged / name)}  {name}", ""]))
+    else:
+        sums.unlink()
+    before = listing(staged)
+    assert fetch(staged) == 2
+    assert listing(staged) == before
+    assert str(staged) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["model.safetensors"], "model.safetensors"),
+        (["SHA256SUMS"], "SHA256SUMS"),
+        (["SHA256SUMS", "test_vit2.safetensors"], "SHA256SUMS"),
+        (["test_vit2.safetensors"], "test_vit2.safetensors"),
+        ([".test_vit2.safetensors.partial"], ".test_vit2.safetensors.partial"),
+        (["photos/1.jpg"], "photos"),
+    ],
+)
+def test_models_fetch_refuses_a_directory_of_others(staged, tmp_path, capsys, names, named):
+    write_files(tmp_path / "mine", *names)
+    before = listing(tmp_path / "mine")
+    assert fetch(tmp_path / "mine") == 2
+    assert named in capsys.readouterr().err
+    assert listing(tmp_path / "mine") == before
+
+
+def test_models_fetch_refuses_a_file(staged, tmp_path, capsys):
+    write_files(tmp_path, "file")
+    assert fetch(tmp_path / "file") == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "content of file"
+
+
 def test_a_run_takes_all_weights_from_the_staged_directory(
     spark, shards, staged, tmp_path, monkeypatch, capsys
 ):
@@ -102,7 +204,7 @@ def test_models_fetch_stages_the_aesthetic_classifier_too(
     shutil.copytree(weights_cache, path.parent)
     torch.save({"layers.0.weight": torch.ones(1)}, path)
     published = PublishedFile("https://nowhere.invalid/", path.name, file_sha256(path))
-    monkeypatch.setattr("spark_nsfw.score.classifier.AESTHETIC_FILE", published)
+    monkeypatch.setattr("spark_nsfw.score.aesthetic.AESTHETIC_FILE", published)
     monkeypatch.setenv("SPARK_NSFW_CACHE", str(path.parent))
     arguments = ["models", "fetch", str(staged), "--model", "test_vit2", "--aesthetic"]
     assert main(arguments) == 0

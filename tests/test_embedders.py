@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from spark_nsfw.errors import (
     WeightsMismatchError,
     WeightsUnavailableError,
 )
-from spark_nsfw.score.download import download, file_sha256, load_state_dict, local_file
+from spark_nsfw.score.checkpoint import load_state_dict
+from spark_nsfw.score.download import download, file_sha256, local_file
 from spark_nsfw.score.embedder import RANDOM_SEED
 from spark_nsfw.score.pixels import decode_image
 
@@ -197,6 +199,9 @@ def server():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             cut = cuts.pop(0)
+            if cut == "slow":  # so that whoever does not wait for a lock asks meanwhile
+                time.sleep(0.5)
+                cut = None
             self.send_response(200)
             self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
@@ -261,6 +266,61 @@ def test_a_remote_file_is_copied_again_where_the_copy_is_not_whole(tmp_path, mon
     assert local_file("s3://bucket/x.pt").read_bytes() == CONTENT
     copy.write_bytes(bytes(len(CONTENT)))
     assert local_file("s3://bucket/x.pt", SHA256).read_bytes() == CONTENT
+
+
+#: Says when it could begin, and begins when it is told.
+FETCH = """
+import sys
+from spark_nsfw.score.download import download
+print("ready", flush=True)
+sys.stdin.readline()
+print(download(sys.argv[1], "weights.pt", sys.argv[2]).stat().st_size)
+"""
+
+
+def test_processes_side_by_side_fetch_a_file_once(server, cache):
+    url, cuts = server
+    cuts += ["slow"]  # a second request finds no answer
+    command = [sys.executable, "-c", FETCH, url, SHA256]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(6)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 6
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = [process.communicate(timeout=60)[0] for process in processes]
+    assert found == [f"{len(CONTENT)}\n"] * 6
+
+
+def state_by_a_slow_clock(file):
+    """What is seen of a file on a file system whose clock ticks every two seconds, as FAT's."""
+    stat = os.fstat(file.fileno())
+    return (stat.st_ino, stat.st_size, int(stat.st_mtime // 2)), stat.st_mtime // 2 * 2
+
+
+@pytest.mark.parametrize("how", ["just_now", "within_a_tick", "time_of_change_kept"])
+def test_no_rewrite_goes_unnoticed_however_quick(tmp_path, monkeypatch, how):
+    if how == "within_a_tick":
+        monkeypatch.setattr("spark_nsfw.score.download._file_state", state_by_a_slow_clock)
+    path = tmp_path / "weights.pt"
+    for number in range(40):
+        content = bytes([number]) * 100
+        path.write_bytes(content)
+        if how == "time_of_change_kept":
+            os.utime(path, (1_600_000_000, 1_600_000_000))
+        assert file_sha256(path) == hashlib.sha256(content).hexdigest(), number
+
+
+def test_the_hash_of_a_file_that_is_old_enough_is_remembered(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(CONTENT)
+    now = time.time()
+    monkeypatch.setattr("spark_nsfw.score.download.time.time", lambda: now + 60)
+    assert file_sha256(path) == SHA256
+    monkeypatch.setattr("spark_nsfw.score.download._BLOCK_BYTES", 0)  # nothing can be read now
+    assert file_sha256(path) == SHA256
+    path.write_bytes(CONTENT)
+    assert file_sha256(path) == hashlib.sha256(b"").hexdigest()
 
 
 def test_others_can_read_the_cache(server, cache):

@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset.tariterators as reference
+from object_store import s3, s3_endpoint  # noqa: F401
 from pyspark.sql import functions as F
+from scoring import score_into
+from test_ownership import listing, write_files
 
 from examples.photographs import encode, photographs, write_photograph_shards, write_shard
 from spark_nsfw import (
@@ -24,16 +27,16 @@ from spark_nsfw import (
     ImageTextPairDataset,
     NsfwClassifier,
     TimmImageEmbedder,
-    export,
 )
 from spark_nsfw.cli import main
-from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.errors import InputError, JobError, StorageError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.export import export_metadata
-from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.writer import write_metadata
-from spark_nsfw.use.regroup import ExportOptions, Piece, plan_shards, write_output_shard
+from spark_nsfw.spark.output import ParquetOutput
+from spark_nsfw.use import tar_writer
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
+from spark_nsfw.use.tar_writer import write_output_shard
 
 
 def samples_of(path):
@@ -112,12 +115,12 @@ def export_one(tmp_path, keys, statuses=None, options=None, piece=None, shards=(
     table = pa.table(
         {
             "key": keys, "status": statuses or ["ok"] * len(keys), "width": range(len(keys)),
-            export.KEPT: [True] * len(keys),
+            tar_writer.KEPT: [True] * len(keys),
         }
     )  # fmt: skip
     pq.write_table(table, tmp_path / "selection.parquet")
     pieces = [piece or Piece(shard, 0, len(keys)) for shard in shards]
-    shard = export.OutputShard("00000", 0, tuple(pieces))
+    shard = OutputShard("00000", 0, tuple(pieces))
     return write_output_shard(
         shard,
         {name: str(tmp_path / f"{name}.tar") for name in shards},
@@ -236,15 +239,54 @@ def test_a_shard_that_cannot_be_opened_leaves_nothing_behind(tmp_path):
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
 
+def test_a_shard_that_cannot_be_read_now_is_no_damaged_shard(tmp_path):
+    (tmp_path / "s.tar").symlink_to("/proc/self/mem")  # answers every read with an I/O error
+    with pytest.raises(StorageError, match="Input/output error"):
+        export_one(tmp_path, ["a"])
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_shard_that_becomes_unreadable_leaves_nothing_in_an_object_store(
+    tmp_path,
+    s3,  # noqa: F811
+    monkeypatch,
+    name,
+):
+    members = [("a.jpg", b"1" * 9_000_000), ("b.jpg", b"2" * 9_000_000)]
+    s3.put("in/s.tar", write_tar(tmp_path / "s.tar", members).read_bytes())
+    selection = pa.table({"key": [name], "status": ["ok"], tar_writer.KEPT: [True]})
+    pq.write_table(selection, tmp_path / "selection.parquet")
+    shard = OutputShard("00000", 0, (Piece("s", 0, 1),))
+    given = (
+        shard, {"s": f"s3://{s3.bucket}/in/s.tar"}, {"s": [str(tmp_path / "selection.parquet")]},
+        f"s3://{s3.bucket}/out", ExportOptions(), {},
+    )  # fmt: skip
+    copy = tar_writer._TarWriter.copy
+
+    def copy_and_lose(tar, source, member, new_name):
+        s3.delete("in/s.tar")
+        copy(tar, source, member, new_name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_writer._TarWriter, "copy", copy_and_lose)
+        with pytest.raises(StorageError, match=rf"in/s\.tar: {name}\.jpg cannot be read"):
+            write_output_shard(*given)
+    assert s3.files() == {}
+    s3.put("in/s.tar", (tmp_path / "s.tar").read_bytes())
+    assert write_output_shard(*given).num_samples == 1
+    assert list(s3.files()) == ["in/s.tar", "out/00000.parquet", "out/00000.tar"]
+
+
 def test_what_a_kill_leaves_is_under_no_final_name(tmp_path):
     write_tar(tmp_path / "s.tar", [("a.jpg", b"x" * 3_000_000)])
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from spark_nsfw import export
+from spark_nsfw.use import tar_writer
 from test_export import export_one
-export._TarWriter.finish = lambda tar: os.kill(os.getpid(), signal.SIGKILL)
+tar_writer._TarWriter.finish = lambda tar: os.kill(os.getpid(), signal.SIGKILL)
 export_one(Path({str(tmp_path)!r}), ["a"])
 """
     done = subprocess.run([sys.executable, "-c", script], check=False)
@@ -310,8 +352,7 @@ def scored(spark, shards, detector_path, tmp_path_factory):
     embedder = TimmImageEmbedder(
         "test_vit2", embedding_size=768, classifiers=[NsfwClassifier(model_path=detector_path)]
     )
-    options = JobOptions(plan="fused")
-    run_job(spark, ShardInputs.parse(str(shards)), str(output), embedder, options=options)
+    score_into(spark, str(shards), output, embedder, plan="fused")
     return output, pd.read_parquet(output).astype({"shard": str})
 
 
@@ -395,7 +436,7 @@ def test_a_run_that_was_stopped_goes_on(spark, scored, shards, tmp_path, monkeyp
     with monkeypatch.context() as patch:  # stopped after the first shard
         patch.setattr("spark_nsfw.spark.export.write_output_shard", None)
         assert main(arguments) == 1
-    assert "run again to resume" in capsys.readouterr().err
+    assert "Run again to resume" in capsys.readouterr().err
     assert list((tmp_path / "out").rglob("*.tar")) == []
     whole = {p.relative_to(tmp_path / "whole"): p for p in (tmp_path / "whole").rglob("*.tar")}
     first = tmp_path / "out" / "00000.tar"
@@ -431,6 +472,88 @@ def test_what_a_run_selected_that_was_stopped_before_its_plan_is_forgotten(
     assert list((tmp_path / "out").rglob("*.tar")) == []
 
 
+def test_files_of_others_outlive_an_export(spark, scored, shards, tmp_path, monkeypatch):
+    arguments = command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 0")
+    foreign = ("selection/notes", "selection/part-0.parquet", "partial/notes")
+    names = {f"_spark_nsfw/{name}" for name in foreign}
+
+    def foreign_files():
+        return {name: found for name, found in listing(tmp_path / "out").items() if name in names}
+
+    with monkeypatch.context() as patch:  # before the plan stands
+        patch.setattr("spark_nsfw.spark.export.plan_shards", None)
+        with pytest.raises(TypeError):
+            main(arguments)
+    write_files(tmp_path / "out", *names)
+    before = foreign_files()
+    with monkeypatch.context() as patch:
+        patch.setattr("spark_nsfw.spark.export.write_output_shard", None)
+        assert main(arguments) == 1
+    assert foreign_files() == before
+    names |= {"readme", "_spark_nsfw/notes", "_spark_nsfw/more/notes"}
+    write_files(tmp_path / "out", *names - set(before))
+    (selection,) = (tmp_path / "out" / "_spark_nsfw" / "selection").glob("*/shard=00000")
+    names.add(f"{selection.relative_to(tmp_path / 'out')}/notes")
+    (selection / "notes").write_text("mine")
+    before = foreign_files()
+    assert len(before) == len(names)
+    assert main(arguments) == 0
+    left = (tmp_path / "out" / "_spark_nsfw").rglob("*")
+    left = {path.relative_to(tmp_path / "out").as_posix() for path in left if path.is_file()}
+    assert left == {"_spark_nsfw/plan.json", *names - {"readme"}}
+    assert main(arguments) == 0
+    assert foreign_files() == before
+
+
+def test_a_shard_that_cannot_be_read_now_stops_the_export(
+    spark, scored, shards, tmp_path, threshold, capsys
+):
+    shutil.copytree(shards, tmp_path / "in")
+    shard = tmp_path / "in" / "00001.tar"
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")
+    arguments = command(
+        scored, tmp_path / "out", tmp_path / "in", "--where=nsfw_score >= 0", "--allow-moved"
+    )
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Input/output error" in error
+    assert "Run again to resume" in error
+    assert not (tmp_path / "out" / "00001.tar").exists()
+    shard.unlink()
+    shutil.copyfile(shards / "00001.tar", shard)
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "00001.tar").read_bytes() == shard.read_bytes()
+
+
+def test_samples_that_are_not_in_the_shards_are_exit_status_1(
+    spark, scored, shards, tmp_path, capsys
+):
+    shutil.copytree(shards, tmp_path / "in")
+    whole = list(samples_of(shards / "00001.tar").items())
+    members = [
+        (f"{key}.{e}", content) for key, sample in whole[:-3] for e, content in sample.items()
+    ]
+    write_tar(tmp_path / "in" / "00001.tar", members)
+    arguments = command(
+        scored, tmp_path / "out", tmp_path / "in", "--where=nsfw_score >= 0", "--allow-moved"
+    )
+    assert main(arguments) == 1
+    found = capsys.readouterr()
+    assert "could not be copied             3" in found.out
+    assert found.err.count("\n") == 1
+    assert "3 of the chosen samples" in found.err
+    assert f"00001: 3 selected samples are not in it, such as {whole[-3][0]!r}" in found.err
+    assert "export into another directory" in found.err
+    assert samples_of(tmp_path / "out" / "00001.tar") == dict(whole[:-3])
+    assert (tmp_path / "out" / "00002.tar").read_bytes() == (shards / "00002.tar").read_bytes()
+
+    assert main(arguments) == 1  # it still is so
+    number = len(whole)
+    assert f"00001.tar has {number - 3} of {number} selected samples" in capsys.readouterr().err
+
+
 def test_another_export_into_the_same_output_is_refused(spark, scored, shards, tmp_path, capsys):
     assert main(command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 0")) == 0
     assert main(command(scored, tmp_path / "out", shards, "--where=nsfw_score >= 1")) == 1
@@ -464,15 +587,13 @@ def test_metadata_that_was_replaced_under_its_name_is_another_export(
 def test_rows_are_counted_without_observe_which_rapids_cannot_plan(
     spark, scored, shards, tmp_path, monkeypatch
 ):
-    from spark_nsfw.spark import export as spark_export
+    plans, append = [], ParquetOutput.append
 
-    plans = []
-
-    def write(rows, output):
+    def write(output, rows):
         plans.append(plan_text(rows))
-        write_metadata(rows, output)
+        append(output, rows)
 
-    monkeypatch.setattr(spark_export, "write_metadata", write)
+    monkeypatch.setattr(ParquetOutput, "append", write)
     inputs = ShardInputs.parse(str(shards))
     where = "nsfw_score >= 0"
     summary = export_metadata(spark, str(scored[0]), str(tmp_path / "out"), inputs, where)
@@ -501,7 +622,7 @@ def test_unscored_samples_are_kept_on_request(spark, scored, shards, tmp_path, c
     sidecar = pd.read_parquet(tmp_path / "out" / "odd" / "00000.parquet")
     assert sidecar.columns.tolist() == ["shard", "key", "width", "status", "error_message"]
     out = capsys.readouterr().out
-    assert "not to be copied                1" in out  # the one that its shard's end cut off
+    assert "could not be copied             1" in out  # the one that its shard's end cut off
     assert "00003: " in out
 
 
@@ -549,7 +670,7 @@ def test_one_key_in_two_shards_is_refused_by_the_command(spark, tmp_path, embedd
     for name in ("a", "b"):
         write_shard(tmp_path / "in" / f"{name}.tar", [("same", [("jpg", picture)])])
     inputs = ShardInputs.parse(str(tmp_path / "in"))
-    run_job(spark, inputs, str(tmp_path / "metadata"), embedder, options=JobOptions(plan="fused"))
+    score_into(spark, inputs, tmp_path / "metadata", embedder, plan="fused")
     with pytest.raises(JobError, match="both have a sample 'same'"):
         export_metadata(
             spark, str(tmp_path / "metadata"), str(tmp_path / "out"), inputs, "true",

@@ -225,7 +225,8 @@ def test_spark_submit_and_the_command_line_give_the_same_rows(
 NUM_SLOTS = """
 import sys
 from pyspark.sql import SparkSession
-from spark_nsfw.spark.cluster import device_kind, num_slots
+from spark_nsfw.spark.cluster import num_slots
+from spark_nsfw.spark.worker import device_kind
 
 builder = SparkSession.builder.master("local-cluster[2,2,1024]")
 for setting in sys.argv[1:]:

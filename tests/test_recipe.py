@@ -214,7 +214,10 @@ def test_classifiers_are_sized_by_the_embedder_or_by_what_is_stored(
     stored = Recipe.of(None, [NsfwClassifier()])
     with pytest.raises(InputError, match="embedding_size"):
         stored.ready()
-    assert stored.ready(embedding_size=512).classifiers[0].embedding_size == 512
+    sized = stored.ready(embedding_size=512)
+    assert (sized.embedding_size, sized.classifiers[0].embedding_size) == (512, 512)
+    assert sized.ready(device="cpu").describe() == sized.describe()  # knows its width by now
+    assert sized.identity != stored.identity
     with pytest.raises(EmbeddingWidthError, match="width 100"):
         stored.ready(embedding_size=100)
     with pytest.raises(EmbeddingWidthError, match="768, not 512"):

@@ -17,6 +17,7 @@ from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
+from spark_nsfw.use.page import refuse_page_file, render, write_page
 from spark_nsfw.use.report import (
     NUM_BINS,
     LabelCounts,
@@ -25,7 +26,6 @@ from spark_nsfw.use.report import (
     Thumbnail,
     images_per_second,
     outliers,
-    render,
 )
 
 
@@ -239,12 +239,24 @@ def test_the_command_counts_what_the_metadata_holds(spark, labelled, tmp_path, c
     assert page.count('<img alt="sample') + page.count("not readable") == 80
     assert 40 < page.count('<img alt="sample') < 80  # a fifth is not in the shards
 
-    assert main(command) == 0
+    assert main(command) == 0  # in place of the older report
     plain = output.read_text("utf-8")
     assert "<img" not in plain
     assert "Against the labels" not in plain
     assert main([*command, "--label-column=nope"]) == 2
     assert "no column 'nope'" in capsys.readouterr().err
+    assert output.read_text("utf-8") == plain
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "metadata", "report.html"}
+
+
+def test_a_page_that_cannot_be_drawn_leaves_the_older_one(labelled, tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    write_page(str(path), report_data(labelled[0]))
+    before = path.read_bytes()
+    refuse_page_file(str(path), [])
+    with pytest.raises(AttributeError):
+        write_page(str(path), report_data(labelled[0], num_by_status=None))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"report.html": before}
 
 
 def test_without_the_libraries_the_remedy_is_named(labelled, monkeypatch):

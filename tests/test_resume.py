@@ -6,8 +6,6 @@ import shutil
 import subprocess
 import threading
 import time
-from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +23,9 @@ from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.waves import Crashes, reason, write_apart
+from spark_nsfw.read.source import Unit
+from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
+from spark_nsfw.use.metadata import MetadataFiles
 
 
 @pytest.fixture
@@ -71,14 +71,16 @@ def test_a_stopped_run_goes_on_where_it_was(spark, inputs, undisturbed, embedder
     assert rows_of(spark, output) == undisturbed
 
 
-def test_a_shard_that_vanishes_has_a_row_and_one_that_is_replaced_its_new_rows(
+def test_a_shard_that_vanishes_is_told_and_scored_once_it_is_back(
     spark, inputs, undisturbed, embedder, tmp_path
 ):
     write_photograph_shards(tmp_path / "other", num_shards=1, samples_per_shard=2, seed=5)
+    lines = []
 
     def report(line):
+        lines.append(line)
         if line.startswith("wave 1:"):
-            (inputs / "00002.tar").unlink()
+            (inputs / "00002.tar").rename(tmp_path / "00002.tar")
             shutil.copyfile(tmp_path / "other" / "00000.tar", inputs / "00003.tar")
 
     summary = run_reporting(spark, inputs, tmp_path / "out", embedder, report)
@@ -86,10 +88,16 @@ def test_a_shard_that_vanishes_has_a_row_and_one_that_is_replaced_its_new_rows(
     kept = {identity: row for identity, row in undisturbed.items() if identity[0] < "00002"}
     assert len(kept) == 6
     assert kept.items() <= rows.items()
-    status, message, *_ = rows["00002", None]
-    assert (status, "00002.tar" in message) == ("shard_unreadable", True)
+    assert {shard for shard, _ in rows} == {"00000", "00001", "00003"}
     assert sorted(key for shard, key in rows if shard == "00003") == ["000000000", "000000001"]
-    assert (summary.num_shards, summary.num_samples) == (4, 8)
+    assert (summary.num_shards, summary.num_samples) == (3, 8)
+    (told,) = (line for line in lines if "gone since they were listed" in line)
+    assert told.startswith("1 shards are gone")
+    assert "00002.tar" in told
+    (tmp_path / "00002.tar").rename(inputs / "00002.tar")
+    run_reporting(spark, inputs, tmp_path / "out", embedder, lines.append)
+    kept |= {identity: row for identity, row in undisturbed.items() if identity[0] == "00002"}
+    assert kept.items() <= rows_of(spark, tmp_path / "out").items()
 
 
 def test_rows_that_somebody_deleted_come_back(spark, inputs, undisturbed, embedder, tmp_path):
@@ -102,44 +110,15 @@ def test_rows_that_somebody_deleted_come_back(spark, inputs, undisturbed, embedd
     assert "3 images scored" in lines[0]
 
 
-@pytest.mark.parametrize("deleted", [True, False])
-def test_a_checkpoint_that_is_gone_or_damaged(
-    spark, inputs, undisturbed, embedder, tmp_path, deleted
-):
-    output = tmp_path / "out"
-    run_reporting(spark, inputs, output, embedder, lambda _: None)
-    checkpoint = output / "_spark_nsfw" / "checkpoint"
-    if not deleted:
-        for directory in ("offsets", "commits"):
-            for file in (checkpoint / directory).iterdir():
-                file.write_text("damaged") if file.name.isdigit() else file.unlink()
-        with pytest.raises(JobError, match=f"delete {checkpoint} and run again"):
-            run_reporting(spark, inputs, output, embedder, lambda _: None)
-    shutil.rmtree(checkpoint)
-    run_reporting(spark, inputs, output, embedder, lambda _: None)
-    assert rows_of(spark, output) == undisturbed
-
-
-def test_a_run_that_is_stopped_after_its_checkpoint_was_deleted(
+def test_nothing_but_the_rows_remembers_what_is_done(
     spark, inputs, undisturbed, embedder, tmp_path
 ):
     output = tmp_path / "out"
     run_reporting(spark, inputs, output, embedder, lambda _: None)
     shutil.rmtree(output / "_spark_nsfw")
-    for _ in range(2):  # the second run has a checkpoint, which does not know of all shards
-        stop, lines = threading.Event(), []
-
-        def report(line, stop=stop, lines=lines):
-            lines.append(line)
-            stop.set()
-
-        with pytest.raises(JobStoppedError, match="stopped after 1 shards in this run"):
-            run_reporting(spark, inputs, output, embedder, report, stop)
-        assert len(lines) == 1
-        assert not (output / "_spark_nsfw" / "summary.json").exists()
-    again = []
-    run_reporting(spark, inputs, output, embedder, again.append)
-    assert len(again) == 2
+    lines = []
+    run_reporting(spark, inputs, output, embedder, lines.append)
+    assert lines == ["nothing to do: all 4 shards were scored before"]
     assert rows_of(spark, output) == undisturbed
 
 
@@ -163,7 +142,7 @@ def test_an_output_that_cannot_be_written(spark, inputs, embedder, tmp_path):
 def test_a_full_disk_is_an_error_and_no_row_is_lost(spark, inputs, undisturbed, embedder, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
@@ -182,6 +161,7 @@ class Poison(ImageClassifier):
     def __init__(self, embedding, act):
         super().__init__("poison")
         self.embedding = embedding
+        self.act_name = act.__name__  # or a worker takes one poison for another
         self._act = act
 
     def load_model(self, device):
@@ -262,29 +242,58 @@ def test_a_mistake_in_the_code_sets_no_shard_aside(spark, inputs, poisoned, tmp_
     assert "shard_crashed" not in {row[0] for row in rows_of(spark, tmp_path / "out").values()}
 
 
-def test_write_apart_finds_every_shard_that_kills_its_worker():
-    def write(part):
-        if {3, 4, 9} & set(part):
-            raise RuntimeError("Python worker exited unexpectedly (crashed)")
-        return list(part)
+def units(*names):
+    return [Unit(str(name), f"/in/{name}.tar") for name in names]
 
-    shards = list(range(11))
-    counts = write_apart(shards, write, Crashes(lambda shard, error: [f"{shard} {error}"]))
-    said = "Python worker exited unexpectedly (crashed)"
-    assert list(chain(*counts)) == [0, 1, 2, f"3 {said}", f"4 {said}", 5, 6, 7, 8, f"9 {said}", 10]
+
+@pytest.mark.parametrize("published", [[], [0, 1], [5, 6, 7, 8, 10]])
+def test_write_apart_finds_every_shard_that_kills_its_worker(published):
+    """Also where a write that failed has published some of its units."""
+    bad, written, set_aside = {"3", "4", "9"}, [], {}
+
+    def write(part):
+        names = [unit.name for unit in part]
+        assert not {*names} & {*written}  # no unit is written twice
+        if bad & {*names}:
+            written.extend(name for name in names if int(name) in published)
+            raise RuntimeError("Python worker exited unexpectedly (crashed)")
+        written.extend(names)
+
+    def missing(part):
+        return [unit for unit in part if unit.name not in written]
+
+    crashes = Crashes(lambda unit, error: set_aside.update({unit.name: error}))
+    write_apart(units(*range(11)), write, missing, crashes)
+    assert sorted(written, key=int) == ["0", "1", "2", "5", "6", "7", "8", "10"]
+    assert set_aside == dict.fromkeys(bad, "Python worker exited unexpectedly (crashed)")
 
 
 def test_one_shard_that_lives_clears_the_cluster_and_convicts_the_others():
     def write(part):
-        if {"a", "b", "d", "e"} & set(part):
+        if {"a", "b", "d", "e"} & {unit.name for unit in part}:
             raise RuntimeError("Python worker exited unexpectedly (crashed)")
-        return list(part)
 
     set_aside = []
-    crashes = Crashes(lambda shard, _: set_aside.append(shard) or [shard])
+    crashes = Crashes(lambda unit, _: set_aside.append(unit.name))
     for shard, convicted in [("a", ""), ("b", ""), ("c", "ab"), ("d", "abd"), ("e", "abde")]:
-        write_apart([shard], write, crashes)
+        write_apart(units(shard), write, list, crashes)
         assert set_aside == list(convicted)
+
+
+def test_waves_grow_until_they_take_five_minutes():
+    sizes = WaveSizes(num_slots=2)
+    assert sizes.next == 64
+    sizes.took(64, 1)
+    assert sizes.next == 512  # eight times, at most
+    sizes.took(512, 600)
+    assert sizes.next == 256
+    sizes.took(256, 100_000)
+    assert sizes.next == 16  # eight for each slot, at least
+    sizes.took(16, 0)
+    assert sizes.next == 128
+    fixed = WaveSizes(num_slots=2, fixed=3)
+    fixed.took(3, 1)
+    assert fixed.next == 3
 
 
 @pytest.mark.parametrize("shards_per_wave", [1, 6])
@@ -496,17 +505,9 @@ def test_overwrite_finds_a_relative_output(inputs, tmp_path, detector_path, spar
     assert spark.read.parquet(str(tmp_path / "out")).count() == 12
 
 
-def test_overwrite_names_mounted_outputs_as_spark_does(spark, monkeypatch):
-    asked = []
-
-    def filesystem(_, url):
-        asked.append(url)
-        return SimpleNamespace(exists=lambda _: False), url
-
+def test_mounted_outputs_are_named_as_spark_names_them(monkeypatch):
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
-    monkeypatch.setattr("spark_nsfw.spark.job.hadoop_filesystem", filesystem)
-    delete_output(spark, "/dbfs/metadata/out")
-    assert asked == ["dbfs:/metadata/out"]
+    assert MetadataFiles.at("/dbfs/metadata/out/").url == "dbfs:/metadata/out"
 
 
 def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detector_path, capsys):
@@ -522,25 +523,6 @@ def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detec
         spark.conf.unset(option)
 
 
-def test_what_a_killed_driver_was_writing_is_deleted(
-    spark, inputs, undisturbed, embedder, tmp_path
-):
-    output = tmp_path / "out"
-    run(spark, str(inputs / "0000[01].tar"), output, embedder)
-    staging = output / ".spark-staging-0f2a" / "shard=00002"
-    shutil.copytree(output / "shard=00001", staging)
-    run(spark, str(inputs), output, embedder)
-    assert sum(pq.read_metadata(file).num_rows for file in output.rglob("*.parquet")) == 12
-    assert not staging.parent.exists()
-    assert rows_of(spark, output) == undisturbed
-
-
-def test_overwrite_deletes_nothing_but_an_output(spark, inputs, tmp_path, detector_path):
-    (tmp_path / "precious").mkdir()
-    assert score(inputs, tmp_path / "precious", detector_path, "--overwrite", "--yes") == 2
-    assert (tmp_path / "precious").is_dir()
-
-
 def test_changes_are_mixed_only_when_told(spark, inputs, embedder, tmp_path):
     output = tmp_path / "out"
     run(spark, str(inputs / "0000[01].tar"), output, embedder)
@@ -553,8 +535,10 @@ def test_changes_are_mixed_only_when_told(spark, inputs, embedder, tmp_path):
         run(spark, str(inputs), output, embedder, allow_changes=True, keep_embeddings=False)
 
 
-def test_another_dataset_into_the_same_output_is_refused(spark, inputs, embedder, tmp_path):
-    output, other = tmp_path / "out", tmp_path / "other"
+def test_another_dataset_into_the_same_output_is_refused(
+    spark, inputs, embedder, tmp_path, tmp_path_factory
+):
+    output, other = tmp_path_factory.mktemp("metadata") / "out", tmp_path / "other"
     run(spark, str(inputs / "0000[01].tar"), output, embedder)
     rows = rows_of(spark, output)
     write_photograph_shards(other, num_shards=1, samples_per_shard=2, seed=5)  # it has a 00000
@@ -585,7 +569,6 @@ def test_an_output_from_before_inputs_were_noted_goes_on(spark, inputs, embedder
             field["metadata"]["spark_nsfw"] = json.dumps(note)
     changed = table.schema.metadata | {key: json.dumps(spark_schema)}
     pq.write_table(table.replace_schema_metadata(changed), schema)
-    schema.with_name(f".{schema.name}.crc").unlink()
     run(spark, str(inputs), output, embedder)
     assert len(rows_of(spark, output)) == 12
 

@@ -195,7 +195,7 @@ def test_an_error_in_a_decoding_thread_is_the_tasks_error_not_a_hang(shards, emb
     def out_of_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("spark_nsfw.score.scorer.decode_image", out_of_memory)
+    monkeypatch.setattr("spark_nsfw.score.pipeline.decode_image", out_of_memory)
     with pytest.raises(MemoryError, match="no room"):
         score(Scorer(embedder, device="cpu"), shards)
 
@@ -212,7 +212,7 @@ def test_decoding_runs_ahead_but_not_away(shards, embedder):
                 yield batch
 
     scorer = Scorer(embedder, device="cpu")
-    bound = (scorer.num_computing_threads + 4) * scorer.batch_size
+    bound = (scorer.passes.num_threads + 4) * scorer.passes.batch_size
     rows = scorer.score(endless())
     done = 0
     for _ in range(30):
@@ -238,9 +238,9 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(shards, embedder, expec
     table = score(scorer, shards)
     scores = [row[3] for row in expected]
     assert table["nsfw_score"].to_pylist() == [None if s is None else float(s) for s in scores]
-    assert scorer.fitting_batch_size <= fitting < 2 * scorer.fitting_batch_size
+    assert scorer.passes.fitting_batch_size <= fitting < 2 * scorer.passes.fitting_batch_size
     # it is found once, by the threads that run into it together, not for each batch
-    assert sum(size > fitting for size in sizes) <= 3 * scorer.num_computing_threads
+    assert sum(size > fitting for size in sizes) <= 3 * scorer.passes.num_threads
 
 
 def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
@@ -271,7 +271,7 @@ def test_a_want_of_memory_that_passes_teaches_nothing_about_a_rest(shards, embed
         (rows,) = scorer.score([batches[0].slice(0, num_images)])
         assert rows["nsfw_score"].to_pylist() == [row[3] for row in expected[:num_images]]
         assert sizes[0] == num_images
-    assert scorer.fitting_batch_size == scorer.batch_size
+    assert scorer.passes.fitting_batch_size == scorer.passes.batch_size
 
 
 def test_another_error_of_the_tower_is_no_want_of_memory(shards, embedder):

@@ -229,10 +229,10 @@ class EmbeddingSource:
         for field in schema:
             if field.name in arrays:
                 continue
-            name = source_name.get(field.name)
+            own = source_name.get(field.name)
             arrays[field.name] = (
-                _widened(rows.column(name), field.type)
-                if name in rows.schema.names
+                _widened(rows.column(own), field.type)
+                if own in rows.schema.names
                 else pa.nulls(rows.num_rows, field.type)
             )
         return pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)

@@ -1,52 +1,43 @@
-"""Checkpoint file or URL → verified file → tensors by name.
-
-Nothing here executes what a file says: tensors come from safetensors, from
-``torch.load(weights_only=True)``, or from TorchScript's own reader, which
-OpenAI's files need.
-"""
+"""Path, URL or hub name → verified local file, kept in a cache that processes share."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import pickle
-import shutil
+import time
 import urllib.request
 import uuid
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import torch
+from filelock import FileLock
 from pyarrow import fs
 
-from spark_nsfw.errors import (
-    ChecksumError,
-    InputError,
-    WeightsError,
-    WeightsMismatchError,
-    WeightsUnavailableError,
-)
+from spark_nsfw.errors import ChecksumError, InputError, WeightsUnavailableError
 from spark_nsfw.storage import open_input, resolve
 
 __all__ = [
     "PublishedFile",
     "Weights",
     "cache_dir",
-    "check_fit",
     "download",
     "file_sha256",
     "hub_file",
-    "load_state_dict",
     "local_file",
 ]
+
+_BLOCK_BYTES = 1 << 20
+
+#: Longer than a tick of any file system's clock (FAT: 2 s): two writes within one tick
+#: leave the same time.
+_CLOCK_TICK_SECONDS = 3
+
+#: Path → a state of its file, and the sha256 that it had then.
+_known_hashes: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
 @dataclass(frozen=True)
@@ -98,18 +89,37 @@ def cache_dir() -> Path:
 
 
 def file_sha256(path: str | Path) -> str:
-    """The sha256 of a local file, in hex; remembered for as long as the file is unchanged."""
-    stat = os.stat(path)
-    return _file_sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    """The sha256 of a local file, in hex; remembered for as long as the file is unchanged.
 
+    Not while the file is younger than a tick of its file system's clock: it could be
+    written again and look the same.
 
-@lru_cache(maxsize=32)
-def _file_sha256(path: str, _size: int, _mtime_ns: int) -> str:
-    digest = hashlib.sha256()
+    Raises:
+        OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        state, changed_seconds = _file_state(file)
+        known = _known_hashes.get(str(path))
+        if known is not None and known[0] == state:
+            return known[1]
+        started_seconds = time.time()
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK_BYTES):
             digest.update(block)
+        is_old = started_seconds - changed_seconds > _CLOCK_TICK_SECONDS
+        if is_old and _file_state(file)[0] == state:
+            _known_hashes[str(path)] = state, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _file_state(file: BinaryIO) -> tuple[tuple[int, ...], float]:
+    """What changes with a file's content, and when it last did, in Unix seconds.
+
+    A program can set a file's time of change back, but not the time when it did that.
+    """
+    stat = os.fstat(file.fileno())
+    state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return state, max(stat.st_mtime, stat.st_ctime)
 
 
 def local_file(url: str, sha256: str | None = None) -> Path:
@@ -125,23 +135,23 @@ def local_file(url: str, sha256: str | None = None) -> Path:
             path = Path(name)
             if not path.is_file():
                 raise FileNotFoundError("no such file on this machine")
-        else:
-            info = filesystem.get_file_info(name)
-            version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
-            marker = hashlib.sha256(version.encode()).hexdigest()[:16]
-            path = cache_dir() / f"{marker}-{Path(name).name}"
-            if not _is_whole(path, info.size, sha256):
-                with _lock(path):
-                    if not _is_whole(path, info.size, sha256):  # not even now
-                        with open_input(url) as stream:
-                            _write_whole(stream, path, url, info.size, sha256)
+            if sha256 is not None:
+                _verify(str(path), file_sha256(path), sha256)
+            return path
+        info = filesystem.get_file_info(name)
+        version = f"{url} {info.size} {info.mtime_ns}"  # a replaced file is another file
+        marker = hashlib.sha256(version.encode()).hexdigest()[:16]
+        path = cache_dir() / f"{marker}-{Path(name).name}"
+        if not _is_whole(path, info.size, sha256):
+            with _lock(path):
+                if not _is_whole(path, info.size, sha256):  # not even now
+                    with open_input(url) as stream:
+                        _write_whole(stream, path, url, info.size, sha256)
+        return path
     except (OSError, InputError) as exc:
         raise WeightsUnavailableError(
             f"{url}: {exc}; every machine that scores must be able to read it"
         ) from exc
-    if sha256 is not None:
-        _verify(path, sha256)
-    return path
 
 
 def download(url: str, file_name: str, sha256: str) -> Path:
@@ -171,7 +181,7 @@ def download(url: str, file_name: str, sha256: str) -> Path:
                 _write_whole(response, path, url, length and int(length), sha256)
         except (OSError, HTTPException) as exc:
             if path.exists():
-                _verify(path, sha256)
+                _verify(str(path), file_sha256(path), sha256)
             raise WeightsUnavailableError(
                 f"{url} could not be downloaded ({exc}); fetch it elsewhere and put it at {path}, "
                 "or give its path"
@@ -222,17 +232,19 @@ def _lock(path: Path) -> Iterator[None]:
     Raises:
         WeightsUnavailableError: the cache cannot be written.
     """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  # closed below
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock.acquire()
     except OSError as exc:
         raise WeightsUnavailableError(
             f"{path.parent} cannot be written ({exc}): set $SPARK_NSFW_CACHE to a directory that "
             f"can, or put {path.name} there"
         ) from exc
-    with file:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _is_whole(path: Path, num_bytes: int | None, sha256: str | None) -> bool:
@@ -255,88 +267,24 @@ def _write_whole(
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4()}")
     try:
+        digest = hashlib.sha256()
         with open(partial, "xb") as file:  # for all whom the umask lets read, unlike a mkstemp
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+                file.write(block)
             arrived = file.tell()
         if num_bytes not in (None, arrived):
             raise OSError(f"the connection was cut after {arrived:,} of {num_bytes:,} bytes")
         if sha256 is not None:
-            _verify(partial, sha256, source)
+            _verify(source, digest.hexdigest(), sha256)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _verify(path: Path, expected: str, name: str | None = None) -> None:
-    found = file_sha256(path)
+def _verify(name: str, found: str, expected: str) -> None:
     if found != expected:
         raise ChecksumError(
-            f"{name or path} is not the expected file: sha256 {found} found, {expected} expected; "
+            f"{name} is not the expected file: sha256 {found} found, {expected} expected; "
             "delete it or give another"
         )
-
-
-def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file by name, on the CPU.
-
-    Reads safetensors, PyTorch's zip and legacy formats and TorchScript archives;
-    nested ``state_dict`` and ``model`` entries are opened.
-
-    Raises:
-        WeightsError: the file is none of these, or damaged.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-        if head[8:9] == b"{":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        if head[:2] == b"PK" and _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the format is deprecated; OpenAI's files stay
-                return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:  # torch would advise to run what is in the file
-        raise WeightsError(
-            f"{path} is no checkpoint of tensors: neither safetensors nor PyTorch's nor "
-            "TorchScript's format, or damaged, or with objects that are not tensors"
-        ) from exc
-    except Exception as exc:  # each reader has its own exceptions for a damaged file
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {exc}") from exc
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping):
-        raise WeightsError(f"{path} holds no tensors by name, but a {type(loaded).__name__}")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise WeightsError(f"{path} holds no tensors")
-    return tensors
-
-
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def check_fit(
-    source: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> None:
-    """Refuse tensors that do not fit a network in name and shape, one by one.
-
-    Raises:
-        WeightsMismatchError: names every tensor that is missing, unknown or of another shape.
-    """
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    if problems:
-        listed = "; ".join(problems[:20])
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise WeightsMismatchError(f"{source} does not fit the network: {listed}{more}")

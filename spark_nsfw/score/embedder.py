@@ -4,84 +4,45 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import timm
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from spark_nsfw.errors import ImageError, InputError
-from spark_nsfw.score.blocks import in_blocks
-from spark_nsfw.score.download import (
-    Weights,
-    check_fit,
-    file_sha256,
-    hub_file,
-    load_state_dict,
-    local_file,
-)
+from spark_nsfw.score.checkpoint import check_fit, load_state_dict
+from spark_nsfw.score.download import Weights, file_sha256, hub_file, local_file
 from spark_nsfw.score.pixels import DECODES, Decode, decode_image
 from spark_nsfw.score.staging import staged_file
+from spark_nsfw.score.tower import (
+    PRECISIONS,
+    Precision,
+    Tower,
+    create_network,
+    network_shape,
+    with_timm_names,
+)
 
 if TYPE_CHECKING:
-    from spark_nsfw.dataset import ImageTextPairDataset
     from spark_nsfw.score.classifier import ImageClassifier
 
-__all__ = ["CPU_BLOCK_IMAGES", "PRECISIONS", "TimmImageEmbedder", "Tower"]
-
-Precision = Literal["float32", "float16", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+__all__ = ["RANDOM_SEED", "TakesEmbedder", "TimmImageEmbedder"]
 
 #: Random towers must be the same in every worker.
 RANDOM_SEED = 0
 
 
-#: On a CPU every forward pass has this many images, so that an embedding depends on nothing
-#: but its image. More at a time are no faster.
-CPU_BLOCK_IMAGES = 8
+class TakesEmbedder(Protocol):
+    """A dataset of images that can be embedded, such as `spark_nsfw.ImageTextPairDataset`."""
+
+    def with_embedder(self, embedder: TimmImageEmbedder) -> Any:
+        """The same dataset, embedded."""
 
 
-class Tower(nn.Module):
-    """A timm network between raw pixels and embeddings, on one device in one precision.
-
-    Args:
-        network: the timm tower.
-        mean, std: of the pixels, per RGB channel, on a scale of 0 to 1.
-        precision: of the network's weights and activations.
-        normalize: divide embeddings by their L2 norm.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
-        precision: torch.dtype,
-        normalize: bool,
-    ) -> None:
-        super().__init__()
-        self.network = network.to(precision)
-        self.precision = precision
-        self.normalize = normalize
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, S, S, 3) → float32 (N, D)."""
-        if pixels.device.type == "cpu":
-            return in_blocks(self._embed, pixels, CPU_BLOCK_IMAGES)
-        return self._embed(pixels)
-
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        # Planes first, while a value is one byte: the passes below are then seven times as fast.
-        planes = pixels.permute(0, 3, 1, 2).contiguous()
-        x = planes.to(torch.float32).sub_(self.get_buffer("mean")).div_(self.get_buffer("std"))
-        embeddings = self.network(x.to(self.precision)).to(torch.float32)
-        return nn.functional.normalize(embeddings, dim=-1) if self.normalize else embeddings
+_Dataset = TypeVar("_Dataset", bound=TakesEmbedder)
 
 
 class TimmImageEmbedder:
@@ -163,7 +124,7 @@ class TimmImageEmbedder:
 
     @property
     def _shape(self) -> nn.Module:
-        return _shape(self.model_name, self._embedding_size)
+        return network_shape(self.model_name, self._embedding_size)
 
     @property
     def embedding_size(self) -> int:
@@ -262,9 +223,9 @@ class TimmImageEmbedder:
         path = self._file()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            network = _create(self.model_name, self._embedding_size)
+            network = create_network(self.model_name, self._embedding_size)
         if path is not None:
-            tensors = _renamed(load_state_dict(path), network)
+            tensors = with_timm_names(load_state_dict(path), network)
             check_fit(path, tensors, network.state_dict())
             network.load_state_dict(tensors)
         config = self._config
@@ -307,7 +268,7 @@ class TimmImageEmbedder:
                 embeddings[start : start + len(batch)] = embedded.cpu().numpy()
         return embeddings
 
-    def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
+    def __call__(self, dataset: _Dataset) -> _Dataset:
         """The dataset with embeddings and scores, computed when it is read or saved.
 
         Raises:
@@ -315,46 +276,14 @@ class TimmImageEmbedder:
         """
         if not hasattr(dataset, "with_embedder"):
             raise InputError(f"expected an ImageTextPairDataset, not {type(dataset).__name__}")
-        return dataset.with_embedder(self)
+        embedded: _Dataset = dataset.with_embedder(self)
+        return embedded
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_towers": {}}  # every process loads its own
-
-
-def _create(model_name: str, embedding_size: int | None) -> nn.Module:
-    kwargs = {} if embedding_size is None else {"num_classes": embedding_size}
-    network: nn.Module = timm.create_model(model_name, pretrained=False, **kwargs)
-    return network
-
-
-@lru_cache(maxsize=8)
-def _shape(model_name: str, embedding_size: int | None) -> nn.Module:
-    """A network without memory behind its weights: its configuration and shapes."""
-    with torch.device("meta"):
-        return _create(model_name, embedding_size)
 
 
 def _close_names(model_name: str) -> list[str]:
     from difflib import get_close_matches
 
     return get_close_matches(model_name, timm.list_models() + timm.list_pretrained(), n=3)
-
-
-def _renamed(tensors: dict[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
-    """Checkpoint tensors under timm's names, whichever of the known formats they have.
-
-    timm would resize position embeddings and patch kernels that do not fit, and so
-    load a 336 pixel checkpoint into a 224 pixel tower; such tensors keep their shape here.
-    """
-    renamed: dict[str, torch.Tensor] = checkpoint_filter_fn(dict(tensors), network)
-    originals = {
-        "pos_embed": ("positional_embedding", "pos_embed"),
-        "patch_embed.proj.weight": ("conv1.weight", "patch_embed.proj.weight"),
-    }
-    for name, endings in originals.items():
-        for source, tensor in tensors.items():
-            of_tower = source.startswith(("visual.", "module.visual.")) or source == name
-            is_original = name in renamed and of_tower and source.endswith(endings)
-            if is_original and tensor.numel() != renamed[name].numel():
-                renamed[name] = tensor
-    return renamed

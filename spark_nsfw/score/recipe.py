@@ -118,25 +118,26 @@ class Recipe:
             device: what the workers compute on, ``cpu`` or ``cuda``; settles the tower's
                 precision. None takes this recipe's device; where that is None, too, each
                 worker computes in the precision of its own device.
-            embedding_size: width D of stored embeddings, where there is no embedder.
+            embedding_size: width D of stored embeddings, where there is no embedder. None
+                takes this recipe's own.
 
         Raises:
             EmbeddingWidthError: a classifier takes embeddings of another width.
             WeightsError: a file cannot be had or used.
             InputError: the width of stored embeddings is not given.
         """
-        device = _more_exact(self.device, device)
         embedding_size = embedding_size or self.embedding_size
-        embedder = None if self.embedder is None else self.embedder.ready(device)
-        if embedder is not None:
-            if embedding_size not in (None, embedder.embedding_size):
+        if self.embedder is not None:
+            if embedding_size not in (None, self.embedder.embedding_size):
                 raise EmbeddingWidthError(
-                    f"{embedder.model_name} gives embeddings of width {embedder.embedding_size}, "
-                    f"not {embedding_size}"
+                    f"{self.embedder.model_name} gives embeddings of width "
+                    f"{self.embedder.embedding_size}, not {embedding_size}"
                 )
-            embedding_size = embedder.embedding_size
+            embedding_size = self.embedder.embedding_size
         if embedding_size is None:
             raise InputError("give the width of the stored embeddings (embedding_size)")
+        device = _more_exact(self.device, device)
+        embedder = None if self.embedder is None else self.embedder.ready(device)
         classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
         return replace(
             self,
@@ -173,6 +174,8 @@ class Recipe:
             settings["embedder"] = _without_sources(self.embedder.describe())
             settings["batch_size"] = self.embedder.batch_size
             settings["num_threads"] = self.embedder.num_threads_per_worker
+        else:
+            settings["embedding_size"] = self.embedding_size
         return json.dumps(settings, sort_keys=True)
 
 

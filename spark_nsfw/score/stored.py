@@ -1,9 +1,10 @@
-"""Stored embeddings → scores, no image read."""
+"""Stored embeddings → scores and metadata rows, no image read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from spark_nsfw.errors import EmbeddingWidthError
+from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.read.source import Rows
 from spark_nsfw.schema import ERROR_MESSAGE, STATUS, Status, metadata_schema
 from spark_nsfw.score.classifier import ImageClassifier
@@ -19,61 +20,100 @@ from spark_nsfw.score.recipe import Recipe
 
 __all__ = ["StoredScorer", "embedding_matrix", "score_column"]
 
+_EMBEDDING = pa.list_(pa.float32())
+
 
 class StoredScorer:
-    """Scores rows that hold embeddings, in order, one metadata row for each.
+    """Scores stored embeddings, in order, one metadata row for each.
 
     Args:
-        recipe: ready, without an embedder.
-        device: a torch device.
+        recipe: without an embedder, and ready, so that it knows the embeddings' width.
+        device: a torch device; None takes the recipe's, else the GPU if there is one.
+
+    Raises:
+        InputError: the recipe does not know the width, or has an embedder.
+        EmbeddingWidthError: a classifier takes embeddings of another width.
     """
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        assert recipe.embedding_size is not None
+    def __init__(self, recipe: Recipe, device: str | None = None) -> None:
+        if recipe.embedder is not None:
+            raise InputError("the recipe has an embedder: Scorer takes it")
+        if recipe.embedding_size is None:
+            raise InputError(
+                "how wide the stored embeddings are is not known: recipe.ready(embedding_size=…)"
+            )
+        gpu_or_cpu = "cuda" if torch.cuda.is_available() else "cpu"
         self.recipe = recipe
         self.width = recipe.embedding_size
-        self.device = device
+        self.device = device or recipe.device or gpu_or_cpu
+        self.classifiers = [each.for_embedding_size(self.width) for each in recipe.classifiers]
+
+    @property
+    def result_fields(self) -> list[pa.Field]:
+        """The columns that scoring adds."""
+        return self.recipe.result_fields
 
     def score_rows(self, rows: Iterable[Rows]) -> Iterator[pa.RecordBatch]:
-        """Score rows by their embeddings.
+        """Score rows by the embeddings that come with them.
 
         Args:
-            rows: pairs of a batch with the columns ``status`` and ``error_message``, and any
-                others, and a list array (N,) of its embeddings, of any float type.
+            rows: pairs of a batch with the columns ``status`` and ``error_message``, and
+                the rows' embeddings: a list array (N,) of any float type, or None where
+                no row has one.
 
         Returns:
             For every batch, in order, one with `spark_nsfw.schema.metadata_schema`. A row
-            whose embedding cannot be used has no score, and status ``embedding_invalid``
-            if its status was ``ok``.
+            whose status was ``ok`` and whose embedding cannot be used gets
+            ``embedding_invalid`` and says why. Embeddings and scores are null where the
+            status is not ``ok``.
         """
-        recipe = self.recipe
         for batch, embeddings in rows:
-            results, usable = score_column(embeddings, self.width, recipe.classifiers, self.device)
-            if recipe.keep_embeddings:
-                kept = embeddings.cast(pa.list_(pa.float32()))
-                results.insert(0, pc.if_else(pa.array(usable), kept, None))
-            schema = metadata_schema(batch.schema, recipe.result_fields)
-            arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
-            arrays |= dict(zip(recipe.result_columns, results, strict=True))
-            bad = pc.and_(pa.array(~usable), pc.equal(arrays[STATUS], Status.OK.value))
-            if pc.any(bad).as_py():
-                lengths = pc.list_value_length(embeddings).to_pylist()
-                reasons = [
-                    self._reason(length) if is_bad else None
-                    for length, is_bad in zip(lengths, bad.to_pylist(), strict=True)
-                ]
-                arrays[STATUS] = pc.if_else(bad, Status.EMBEDDING_INVALID.value, arrays[STATUS])
-                arrays[ERROR_MESSAGE] = pc.coalesce(
-                    pa.array(reasons, pa.string()), arrays[ERROR_MESSAGE]
-                )
-            yield pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
+            yield self._metadata(batch, _as_lists(embeddings, batch.num_rows))
 
-    def _reason(self, length: int | None) -> str:
-        if length is None:
-            return "no embedding is stored"
-        if length != self.width:
-            return f"the stored embedding has width {length}, the first one has {self.width}"
-        return "the stored embedding is not finite"
+    def _metadata(self, batch: pa.RecordBatch, embeddings: pa.Array) -> pa.RecordBatch:
+        ok = pc.equal(batch.column(STATUS), Status.OK.value)
+        candidates = _only(ok, embeddings)
+        columns, usable = score_column(candidates, self.width, self.classifiers, self.device)
+        results = dict(zip(self.recipe.score_columns, columns, strict=True))
+        if self.recipe.keep_embeddings:
+            kept = _only(pa.array(usable), candidates.cast(_EMBEDDING))
+            results[self.recipe.embedding_column] = kept
+        results[STATUS], results[ERROR_MESSAGE] = batch.column(STATUS), batch.column(ERROR_MESSAGE)
+        invalid = pc.and_(ok, pa.array(~usable))
+        if pc.any(invalid).as_py():
+            reasons = [
+                _reason(length, self.width) if is_invalid else None
+                for length, is_invalid in zip(
+                    pc.list_value_length(embeddings).to_pylist(), invalid.to_pylist(), strict=True
+                )
+            ]
+            results[STATUS] = pc.if_else(invalid, Status.EMBEDDING_INVALID.value, results[STATUS])
+            results[ERROR_MESSAGE] = pc.coalesce(
+                pa.array(reasons, pa.string()), results[ERROR_MESSAGE]
+            )
+        schema = metadata_schema(batch.schema, self.recipe.result_fields)
+        arrays = [results[name] if name in results else batch.column(name) for name in schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _as_lists(embeddings: Any, num_rows: int) -> pa.Array:
+    """None, and an array of nulls without a type, are lists that are all null."""
+    if embeddings is None or pa.types.is_null(embeddings.type):
+        return pa.nulls(num_rows, _EMBEDDING)
+    return embeddings
+
+
+def _only(mask: pa.Array, embeddings: pa.Array) -> pa.Array:
+    """Embeddings, null where the mask is not true; not copied where it is true throughout."""
+    return embeddings if pc.all(mask).as_py() else pc.if_else(mask, embeddings, None)
+
+
+def _reason(length: int | None, width: int) -> str:
+    if length is None:
+        return "no embedding is stored"
+    if length != width:
+        return f"the stored embedding has width {length}, the first one has {width}"
+    return "the stored embedding is not finite"
 
 
 def embedding_matrix(column: pa.Array, width: int) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:

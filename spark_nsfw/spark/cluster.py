@@ -1,19 +1,15 @@
-"""What a session's cluster has: slots, executors, GPUs, and pools of Python workers."""
+"""What a session's cluster has: slots, executors, and pools of Python workers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from spark_nsfw.errors import InputError
-from spark_nsfw.spark.worker import NO_GPU, kind_of_device
-
-__all__ = ["device_kind", "num_executors", "num_slots", "reader_workers"]
+__all__ = ["num_executors", "num_slots", "reader_workers"]
 
 #: Slots where nobody tells how many there are, as through Spark Connect.
 _SLOTS_UNKNOWN = 16
@@ -47,26 +43,6 @@ def num_executors(spark: SparkSession) -> int:
     context: Any = spark.sparkContext
     registered = len(context._jsc.sc().statusTracker().getExecutorInfos()) - 1  # and the driver
     return max(registered, int(context.getConf().get("spark.executor.instances", "0")))
-
-
-def device_kind(spark: SparkSession, device: str | None = None) -> str:
-    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
-
-    Raises:
-        InputError: it should be a GPU and there is none.
-    """
-
-    def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for _ in batches:
-            yield pa.RecordBatch.from_arrays([pa.array([kind_of_device(device)])], names=["kind"])
-
-    row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
-    if row["kind"] == NO_GPU:
-        raise InputError(
-            f"device {device or 'cuda'}: torch sees no GPU on the machine of a worker; check "
-            "nvidia-smi and torch.cuda.is_available() there, or take --device cpu"
-        )
-    return str(row["kind"])
 
 
 @contextmanager

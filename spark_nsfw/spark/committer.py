@@ -74,7 +74,7 @@ def committer_of(spark: SparkSession, output: str) -> Committer:
     scheme = output.partition(":")[0] if ":" in output.partition("/")[0] else "file"
     jvm: Any = getattr(spark, "_jvm", None) if hasattr(spark, "_jsparkSession") else None
     if jvm is not None and scheme in ("s3a", "s3"):
-        hadoop: Any = spark._jsparkSession.sessionState().newHadoopConf()  # type: ignore[attr-defined]
+        hadoop: Any = spark._jsparkSession.sessionState().newHadoopConf()
         if hadoop.get("fs.s3a.committer.staging.conflict-mode") == "replace" and hadoop.get(
             "fs.s3a.committer.name"
         ) in ("directory", "partitioned"):

@@ -18,8 +18,8 @@ from spark_nsfw.read.source import Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
 from spark_nsfw.schema import IMAGE
 from spark_nsfw.spark.cluster import reader_workers
-from spark_nsfw.spark.plans import iter_unit_rows
 from spark_nsfw.spark.types import arrow_schema, spark_schema
+from spark_nsfw.spark.units import iter_unit_rows
 
 if TYPE_CHECKING:
     from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition

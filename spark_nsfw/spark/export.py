@@ -2,7 +2,7 @@
 
 The selected rows are written once, below the output; with their numbers per shard they
 are the plan. After that every output shard is a task of its own that reads and writes
-files, so a run that was stopped goes on with the output shards that are not there yet.
+files, so a stopped run goes on with the output shards that are not there yet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -20,45 +19,39 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.note import PROVENANCE, refuse_another_note
+from spark_nsfw.ownership import refuse_overlap
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS, Status
+from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.cluster import reader_workers
-from spark_nsfw.spark.output import ParquetOutput, read_note
-from spark_nsfw.storage import (
-    absolute,
-    delete_directory,
-    files_digest,
-    is_below,
-    list_files,
-    open_input,
-    resolve,
+from spark_nsfw.spark.output import read_note
+from spark_nsfw.spark.selection import freeze, kept_columns
+from spark_nsfw.spark.waves import reason
+from spark_nsfw.storage import absolute, files_digest, list_files, open_input, resolve
+from spark_nsfw.use.export_output import (
+    delete_partial_files,
+    delete_selections,
+    finished_shards,
+    read_plan,
+    refuse_export,
+    refuse_foreign_output,
+    selection_directory,
+    write_plan,
 )
-from spark_nsfw.use.regroup import (
-    KEPT,
-    SOURCE_SHARD,
-    STATE,
-    ExportOptions,
-    OutputShard,
-    Piece,
-    new_file,
-    plan_shards,
-    write_output_shard,
-)
+from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
+from spark_nsfw.use.tar_writer import KEPT, write_output_shard
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
 
 #: Output shards share a task where there are more of them than this.
 _MAX_TASKS = 10_000
-
-_OURS = (SHARD, KEY, STATUS, ERROR_MESSAGE)
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,10 @@ class ExportSummary:
         num_samples: in them.
         num_bytes: of the tars.
         num_rows: rows of the metadata by status.
-        num_selected: those of them that were to be exported.
-        problems: what this run could not find or copy, for a person.
+        num_selected: how many of them were selected, by status.
+        num_lost: selected samples with a score that are not in the shards that were given, or
+            not whole.
+        problems: what could not be found or copied, for a person.
     """
 
     output: str
@@ -81,11 +76,12 @@ class ExportSummary:
     num_bytes: int
     num_rows: dict[str, int]
     num_selected: dict[str, int]
+    num_lost: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
     def num_missing(self) -> int:
-        """Samples that were selected, but could not be copied."""
+        """Samples that were selected but not copied, `num_lost` and damaged ones."""
         return sum(self.num_selected.values()) - self.num_samples
 
     def __str__(self) -> str:
@@ -101,12 +97,12 @@ class ExportSummary:
             if status != Status.OK and left_out:
                 lines.append(f"  {status:<20} {left_out:>12,}")
         if self.num_missing:
-            lines.append(f"  {'not to be copied':<20} {self.num_missing:>12,}")
+            lines.append(f"  {'could not be copied':<20} {self.num_missing:>12,}")
             lines += [f"WARNING   {problem}" for problem in self.problems[:10]]
             if len(self.problems) > 10:
                 lines.append(f"WARNING   and {len(self.problems) - 10:,} more such problems")
-        if not self.num_samples:
-            lines.append("WARNING   no sample was selected: nothing is written")
+        if not any(self.num_selected.values()):
+            lines.append("WARNING   no sample was selected: no shard is written")
         return "\n".join([*lines, f"output    {self.output}"])
 
 
@@ -119,9 +115,13 @@ def export_metadata(
     *,
     columns: Sequence[str] | None = None,
     keep_unscored: bool = False,
+    allow_moved: bool = False,
     options: ExportOptions | None = None,
 ) -> ExportSummary:
     """Export the samples of an output of the scoring job that satisfy a predicate.
+
+    Samples that are selected but not in the shards are counted in the summary, and the rest is
+    exported.
 
     Args:
         spark: classic or Connect.
@@ -131,21 +131,20 @@ def export_metadata(
         where: a predicate in Spark SQL, such as ``nsfw_score < 0.5``.
         columns: which of the metadata's columns the sidecars get; None takes all.
         keep_unscored: export what has no score as well.
+        allow_moved: accept shards in another place than the one that was scored.
         options: how samples become shards.
 
     Raises:
-        InputError: arguments that cannot work.
+        InputError: arguments that cannot work. Nothing was written.
         JobError: the output was made in another way, or the run failed.
     """
     metadata = absolute(metadata)
+    refuse_export(metadata, output, inputs, allow_moved=allow_moved)
     root, names = list_files(metadata)
-    if not names:
-        raise InputError(f"{metadata} does not exist, or has no metadata in it")
     request = {
         "where": where,
         "metadata": {"source": root, "num_files": len(names)},
     }
-    _refuse_inside(output, [metadata])
     try:
         rows = spark.read.parquet(metadata)
         rows.where(where)
@@ -201,119 +200,55 @@ def export_rows(
     """
     spark, options = rows.sparkSession, options or ExportOptions()
     output = absolute(output)
-    kept_columns = _kept_columns(rows, columns, options)
-    _refuse_inside(output, [inputs.filesystem + root for root in inputs.roots])
+    columns_kept = kept_columns(rows, columns, options)
+    refuse_overlap(output, [inputs.filesystem + root for root in inputs.roots])
+    refuse_foreign_output(output)
     url_of = {unit.name: unit.place for unit in inputs.list_units()}
     request = request | {
         "input_files_sha256": files_digest(map(unquote, rows.inputFiles())),
-        "columns": kept_columns,
+        "columns": columns_kept,
         "keep_unscored": keep_unscored,
         "options": asdict(options),
     }
-    plan = _read_plan(output)
-    is_new = plan is None
+    plan = read_plan(output)
     if plan is None:
-        _refuse_files_of_others(output)
+        delete_selections(output)  # of runs that were stopped before their plan was complete
         scored = F.col(STATUS) == Status.OK.value
         kept = scored & where
         if keep_unscored:
             kept = kept | (~scored & F.col(KEY).isNotNull())
-        kept_rows = rows.withColumn(KEPT, F.coalesce(kept, F.lit(False)))
-        plan = _freeze(kept_rows, output, request, options)
+        plan = freeze(rows.withColumn(KEPT, F.coalesce(kept, F.lit(False))), output, request)
+        try:
+            shards = _shards_of(plan, url_of, inputs, options)
+        except InputError:
+            delete_selections(output)
+            raise
+        write_plan(output, plan)
     else:
         refuse_another_note(output, plan["request"], request)
+        shards = _shards_of(plan, url_of, inputs, options)
+    done = finished_shards(output)
+    pending = [shard for shard in shards if shard.name not in done]
+    note = (read_note(rows.schema) or {}) | {"export": request}
+    problems = _write(spark, pending, url_of, output, options, note, plan) if pending else []
+    return _finish(output, shards, plan, problems)
+
+
+def _shards_of(
+    plan: dict[str, Any], url_of: dict[str, str], inputs: ShardInputs, options: ExportOptions
+) -> list[OutputShard]:
+    """The output shards of a plan.
+
+    Raises:
+        InputError: some shards of the metadata were not given; or see `plan_shards`.
+    """
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
     if unknown:
-        if is_new:
-            delete_directory(f"{output}/{STATE}")
         raise InputError(
             f"{len(unknown):,} of the shards are not below {', '.join(inputs.roots)}, such as "
             f"{unknown[0]}: give the input that was scored"
         )
-    shards = plan_shards(plan["num_selected_by_shard"], options)
-    done = _finished(output)
-    pending = [shard for shard in shards if shard.name not in done]
-    note = (read_note(rows.schema) or {}) | {"export": request}
-    problems = _write(spark, pending, url_of, output, options, note) if pending else []
-    return _finish(output, shards, plan, problems)
-
-
-def _kept_columns(
-    rows: DataFrame, columns: Sequence[str] | None, options: ExportOptions
-) -> list[str]:
-    """The columns that go into the sidecars, in the order of the rows.
-
-    Raises:
-        InputError: the rows are no metadata, or lack a column that is wanted.
-    """
-    missing = [name for name in _OURS if name not in rows.columns]
-    if missing:
-        raise InputError(
-            f"the metadata has no column {', '.join(missing)}: export takes what `spark-nsfw "
-            "score` or `spark-nsfw classify` wrote"
-        )
-    if rows.schema[SHARD].dataType.simpleString() != "string":
-        raise InputError(
-            "the metadata's shard names were read as numbers, because its partition "
-            "shard=__schema__ is missing"
-        )
-    unknown = [name for name in columns or () if name not in rows.columns]
-    if unknown:
-        raise InputError(f"no column {', '.join(unknown)}; there are {', '.join(rows.columns)}")
-    if options.renumber and options.old_id_col in rows.columns:
-        raise InputError(
-            f"the metadata has a column {options.old_id_col} already; give another name for the "
-            "old keys (old_id_col)"
-        )
-    always = {*_OURS, options.id_col, SOURCE_SHARD}
-    return [name for name in rows.columns if columns is None or name in always | {*columns}]
-
-
-def _freeze(
-    rows: DataFrame, output: str, request: dict[str, Any], options: ExportOptions
-) -> dict[str, Any]:
-    """Write which rows to keep, once, and then the plan, which says that they are complete."""
-    selection = f"{output}/{STATE}/selection"
-    delete_directory(selection)  # of a run that was stopped before its plan stood
-    # Rows that are not kept go along, with nothing but their status, to be counted where they
-    # are written: RAPIDS cannot plan a query that counts them with `observe`.
-    columns = [
-        F.col(f"`{name}`")
-        if name in (SHARD, STATUS)
-        else F.when(F.col(KEPT), F.col(f"`{name}`")).alias(name)
-        for name in request["columns"]
-    ]
-    frozen = rows.select(*columns, KEPT)
-    place = ParquetOutput(rows.sparkSession, selection)
-    place.begin(frozen.schema, {})
-    place.append(frozen)
-    written = rows.sparkSession.read.parquet(selection)
-    num_rows: Counter[str] = Counter()
-    num_selected: Counter[str] = Counter()
-    num_selected_by_shard: Counter[str] = Counter()
-    for row in written.groupBy(SHARD, STATUS, KEPT).count().collect():
-        num_rows[row[STATUS]] += row["count"]
-        if row[KEPT]:
-            num_selected[row[STATUS]] += row["count"]
-            num_selected_by_shard[row[SHARD]] += row["count"]
-    plan = {
-        "request": request,
-        "num_rows": num_rows,
-        "num_selected": num_selected,
-        "num_selected_by_shard": num_selected_by_shard,
-    }
-    plan_shards(num_selected_by_shard, options)  # refused before the plan stands
-    with new_file(f"{output}/{STATE}/plan.json", output) as file:
-        file.write(json.dumps(plan, indent=1).encode())
-    return plan
-
-
-def _read_plan(output: str) -> dict[str, Any] | None:
-    try:
-        with open_input(f"{output}/{STATE}/plan.json") as file:
-            return dict(json.loads(file.read()))
-    except FileNotFoundError:
-        return None
+    return plan_shards(plan["num_selected_by_shard"], options)
 
 
 def _write(
@@ -323,11 +258,18 @@ def _write(
     output: str,
     options: ExportOptions,
     note: dict[str, Any],
+    plan: dict[str, Any],
 ) -> list[str]:
-    """Write output shards in parallel; returns what could not be found or copied."""
-    prefix, names = list_files(f"{output}/{STATE}/selection")
+    """Write output shards in parallel; returns what could not be found or copied.
+
+    Raises:
+        JobError: shards clash, or one could not be read or written now.
+    """
+    prefix, names = list_files(selection_directory(output, plan))
     selection_of: dict[str, list[str]] = {}
     for name in names:
+        if not name.endswith(".parquet"):
+            continue
         partition, _, _ = name.partition("/")
         selection_of.setdefault(unquote(partition.removeprefix(f"{SHARD}=")), []).append(
             prefix + name
@@ -374,22 +316,13 @@ def _write(
         try:
             rows = results.collect()
         except Exception as exc:
-            raise JobError(f"a shard could not be written; run again to resume: {exc}") from exc
+            raise JobError(
+                f"a shard could not be written: {reason(exc)}. Run again to resume"
+            ) from exc
     refusals = [row.refusal for row in rows if row.refusal is not None]
     if refusals:
         raise JobError(refusals[0])
     return [problem for row in rows for problem in row.problems]
-
-
-def _finished(output: str) -> set[str]:
-    """The output shards that are there with their sidecars."""
-    _, names = list_files(output)
-    there = set(names)
-    return {
-        name.removesuffix(".parquet")
-        for name in names
-        if name.endswith(".parquet") and name.removesuffix("parquet") + "tar" in there
-    }
 
 
 def _finish(
@@ -403,35 +336,31 @@ def _finish(
         filesystem, path = resolve(f"{output}/{shard.name}.tar")
         return num_samples, filesystem.get_file_info(path).size
 
+    def count_scored(shard: OutputShard) -> int:
+        with open_input(f"{output}/{shard.name}.parquet") as stream:
+            statuses = pq.read_table(stream, columns=[STATUS])[STATUS]
+        return int(pc.sum(pc.equal(statuses, Status.OK.value)).as_py() or 0)
+
     with ThreadPoolExecutor(16) as pool:
         counts = list(pool.map(count, shards))
-    delete_directory(f"{output}/{STATE}/selection")
-    delete_directory(f"{output}/{STATE}/partial")
+        num_samples, num_lost = sum(found for found, _ in counts), 0
+        if num_samples < sum(plan["num_selected"].values()):
+            num_scored = sum(pool.map(count_scored, shards))
+            num_lost = plan["num_selected"].get(Status.OK.value, 0) - num_scored
+            problems = problems or [
+                f"{shard.name}.tar has {found:,} of {shard.num_samples:,} selected samples"
+                for shard, (found, _) in zip(shards, counts, strict=True)
+                if found < shard.num_samples
+            ]
+    delete_selections(output)
+    delete_partial_files(output)
     return ExportSummary(
         output=output,
         num_shards=len(shards),
-        num_samples=sum(num_samples for num_samples, _ in counts),
+        num_samples=num_samples,
         num_bytes=sum(num_bytes for _, num_bytes in counts),
         num_rows=plan["num_rows"],
         num_selected=plan["num_selected"],
+        num_lost=num_lost,
         problems=problems,
     )
-
-
-def _refuse_inside(output: str, places: Sequence[str]) -> None:
-    """Refuse an output that the next run over the input would take for input."""
-    for place in places:
-        if is_below(output, place):
-            raise InputError(f"{output} is in {place}, which is read: give a directory of its own")
-
-
-def _refuse_files_of_others(output: str) -> None:
-    """Refuse to write among files that no export has written."""
-    filesystem, path = resolve(output)
-    selector = fs.FileSelector(path, allow_not_found=True)
-    others = [i.base_name for i in filesystem.get_file_info(selector) if i.base_name != STATE]
-    if others:
-        raise InputError(
-            f"{output} has files that no export has written, such as {sorted(others)[0]}: "
-            "give a directory of its own"
-        )

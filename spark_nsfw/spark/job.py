@@ -17,15 +17,16 @@ from spark_nsfw.note import PROVENANCE, merged_note, refuse_another_note
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, metadata_schema
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.spark.cluster import device_kind
 from spark_nsfw.spark.loop import STOP_POLL_SECONDS, JobOptions, Run
 from spark_nsfw.spark.output import Output, ParquetOutput, noted_schema
 from spark_nsfw.spark.progress import Progress
 from spark_nsfw.spark.session import session_settings
-from spark_nsfw.spark.summary import Summary, summarize
+from spark_nsfw.spark.summary import summarize
 from spark_nsfw.spark.types import arrow_schema, spark_schema
+from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.storage import write_text
 from spark_nsfw.use.metadata import STATE, refuse_names, refuse_place
+from spark_nsfw.use.summary import Summary
 
 __all__ = ["JobOptions", "run_job", "write_units"]
 

@@ -33,9 +33,10 @@ from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_sch
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.cluster import num_slots
 from spark_nsfw.spark.output import MAX_UNITS_PER_TASK, Output, with_note
-from spark_nsfw.spark.plans import PLANS, Plan, StatusCounts, metadata_rows
+from spark_nsfw.spark.plans import PLANS, Plan, metadata_rows
 from spark_nsfw.spark.progress import Progress, ProgressStyle
 from spark_nsfw.spark.types import spark_schema
+from spark_nsfw.spark.units import StatusCounts
 from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
 from spark_nsfw.use.metadata import refuse_names
 

@@ -17,7 +17,6 @@ from spark_nsfw.schema import SHARD
 from spark_nsfw.spark.committer import committer_of
 from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.types import arrow_schema
-from spark_nsfw.storage import absolute, hadoop_path
 from spark_nsfw.use.metadata import MetadataFiles
 
 __all__ = ["Output", "ParquetOutput", "noted_schema", "read_note", "with_note"]
@@ -72,9 +71,9 @@ class ParquetOutput:
     """
 
     def __init__(self, spark: SparkSession, url: str) -> None:
-        self.url = absolute(hadoop_path(url)).rstrip("/")
+        self._files = MetadataFiles.at(url)
+        self.url = self._files.url
         self._spark = spark
-        self._files = MetadataFiles(self.url)
         self._committer = committer_of(spark, self.url)
         _log.info("%s is written by %s", self.url, self._committer.name)
 

@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
-from spark_nsfw.spark.plans import sample_rows
+from spark_nsfw.spark.units import sample_rows
 
 __all__ = ["read_webdataset"]
 

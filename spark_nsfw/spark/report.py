@@ -48,7 +48,7 @@ def collect_report(
     wanted_recall: float = 0.95,
     inputs: ShardInputs | None = None,
 ) -> ReportData:
-    """Count what `spark_nsfw.use.report.render` shows.
+    """Count what `spark_nsfw.use.page.render` shows.
 
     Args:
         spark: classic or Connect.

@@ -81,7 +81,7 @@ def score_column(
     Args:
         samples: as for `score_samples`.
         recipe, identity: what is computed, and its `recipe_identity`.
-        counts: an accumulator of `spark_nsfw.spark.plans.StatusCounts`, for the rows that
+        counts: an accumulator of `spark_nsfw.spark.units.StatusCounts`, for the rows that
             have an image.
     """
     results = recipe.result_columns

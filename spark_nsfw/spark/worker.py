@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterable, Iterator
 
+import pyarrow as pa
 import torch
 from pyspark import TaskContext, cloudpickle
+from pyspark.sql import SparkSession
 
+from spark_nsfw.errors import InputError
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.score.scorer import Scorer
 from spark_nsfw.score.stored import StoredScorer
 
-__all__ = ["choose_device", "kind_of_device", "recipe_identity", "worker_device", "worker_scorer"]
+__all__ = ["choose_device", "device_kind", "recipe_identity", "worker_device", "worker_scorer"]
 
-#: What `kind_of_device` says where there should be a GPU and is none.
-NO_GPU = "no GPU"
+#: What a worker says where there should be a GPU and is none.
+_NO_GPU = "no GPU"
 
 #: Keep only recent scorers; more would exhaust GPU memory.
 _MAX_SCORERS = 2
@@ -46,10 +50,29 @@ def choose_device(device: str | None = None) -> str:
     return "cuda:0" if device == "cuda" or torch.cuda.is_available() else "cpu"
 
 
-def kind_of_device(device: str | None = None) -> str:
-    """``cuda`` or ``cpu``, or `NO_GPU` where the worker's choice cannot be had."""
+def device_kind(spark: SparkSession, device: str | None = None) -> str:
+    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
+
+    Raises:
+        InputError: it should be a GPU and there is none.
+    """
+
+    def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            yield pa.RecordBatch.from_arrays([pa.array([_kind_of_device(device)])], names=["kind"])
+
+    row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
+    if row["kind"] == _NO_GPU:
+        raise InputError(
+            f"device {device or 'cuda'}: torch sees no GPU on the machine of a worker; check "
+            "nvidia-smi and torch.cuda.is_available() there, or take --device cpu"
+        )
+    return str(row["kind"])
+
+
+def _kind_of_device(device: str | None) -> str:
     kind = torch.device(choose_device(device)).type
-    return NO_GPU if kind == "cuda" and not torch.cuda.is_available() else kind
+    return _NO_GPU if kind == "cuda" and not torch.cuda.is_available() else kind
 
 
 def worker_device(device: str | None = None) -> str:

@@ -26,8 +26,10 @@ from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.storage import (
     FileEntry,
+    absolute,
     delete_empty_directories,
     delete_files,
+    hadoop_path,
     ignores_case,
     iter_files,
     open_input,
@@ -80,6 +82,11 @@ def _is_skipped(name: str) -> bool:
     return name.startswith(("_temporary", ".spark-staging-", "__magic"))
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether readers skip a file, for its own name or for a directory's at the top."""
+    return any(part.startswith((".", "_")) for part in (name, name.rpartition("/")[2]))
+
+
 @dataclass(frozen=True)
 class MetadataFiles:
     """The files of one output.
@@ -89,6 +96,11 @@ class MetadataFiles:
     """
 
     url: str
+
+    @classmethod
+    def at(cls, path: str) -> MetadataFiles:
+        """Those of an output as a person gives it: a path, perhaps relative, or a URL."""
+        return cls(absolute(hadoop_path(path)).rstrip("/"))
 
     def _url_of(self, name: str) -> str:
         return f"{self.url.rstrip('/')}/{name}"
@@ -236,7 +248,7 @@ class MetadataFiles:
         names = [entry.name for entry in iter_files(self.url)]
         ours = [name for name in names if _OURS.match(name)]
         for name in sorted({*names} - {*ours}):
-            if not name.rpartition("/")[2].startswith((".", "_")):
+            if not _is_hidden(name):
                 raise InputError(
                     f"{self.url} has files that spark-nsfw did not write, such as {name}: nothing "
                     "is deleted. Move them elsewhere first, or give another output"
@@ -265,7 +277,7 @@ def refuse_place(output: str, source: Source) -> None:
     if files.is_begun:
         return
     for entry in iter_files(output):
-        if not entry.name.startswith(("_", ".")) and not _OURS.match(entry.name):
+        if not _is_hidden(entry.name) and not _OURS.match(entry.name):
             raise InputError(
                 f"{output} is no output of spark-nsfw and has files in it, such as "
                 f"{entry.name}: give a directory of its own"

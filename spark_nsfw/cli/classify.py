@@ -1,0 +1,85 @@
+"""``spark-nsfw classify``: stored embeddings → Parquet metadata."""
+
+from __future__ import annotations
+
+import argparse
+
+from spark_nsfw.cli.arguments import Commands, add_classifier_arguments, classifiers
+from spark_nsfw.cli.exit_status import status_of
+from spark_nsfw.cli.signals import stop_at_signals
+from spark_nsfw.storage import absolute
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "classify",
+        help="score stored embeddings without reading an image",
+        description="Score stored embeddings: an output of `spark-nsfw score`, sidecars such as "
+        "NeMo Curator's with a column of embeddings, or clip-retrieval's img_emb/*.npy with "
+        "metadata/*.parquet. Run a stopped command again to continue where it stopped.",
+        epilog="OUTPUT is a directory of its own: empty, new, or of an earlier run that scored "
+        "the same embeddings in the same way.",
+    )
+    parser.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
+    parser.add_argument("output", help="directory for the Parquet metadata")
+    add_classifier_arguments(parser.add_argument_group("models"))
+    parser.add_argument(
+        "--embedding-column",
+        default="image_embedding",
+        metavar="NAME",
+        help="column that holds the embeddings (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--id-col",
+        metavar="NAME",
+        help="column that holds the samples' keys (default: key; for clip-retrieval image_path)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="copy the embeddings to the output (default: no)",
+    )
+    parser.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    parser.add_argument(
+        "--progress",
+        choices=["auto", "lines", "json"],
+        default="auto",
+        help="on stderr: a live line on a terminal, else a line or a JSON object per wave",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from spark_nsfw.read.embeddings import EmbeddingSource
+    from spark_nsfw.score.recipe import Recipe
+    from spark_nsfw.spark.job import JobOptions, run_job
+    from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.use.metadata import MetadataFiles, refuse_place
+
+    output = MetadataFiles.at(options.output)
+    source = EmbeddingSource.open(
+        absolute(options.metadata), options.embedding_column, options.id_col
+    )
+    refuse_place(output.url, source)
+    recipe = Recipe(
+        None,
+        tuple(classifiers(options)),
+        device=options.device,
+        keep_embeddings=options.embeddings,
+        embedding_column=options.embedding_column,
+    ).ready(embedding_size=source.width)
+    with stop_at_signals() as stop:
+        summary = run_job(
+            active_or_local_session(),
+            source,
+            recipe,
+            output.url,
+            options=JobOptions(progress=options.progress),
+            stop=stop,
+        )
+    print(summary)
+    return status_of(summary)

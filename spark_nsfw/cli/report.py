@@ -1,0 +1,85 @@
+"""``spark-nsfw report``: metadata → one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+
+from spark_nsfw.cli.arguments import Commands
+from spark_nsfw.cli.exit_status import ExitStatus
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "report",
+        help="show scores, failures and what thresholds keep on one HTML page",
+        description="Show the distribution of scores, what each threshold keeps, failures, "
+        "unusual shards, throughput and provenance of an output on one self-contained HTML page.",
+    )
+    parser.add_argument("metadata", help="an output of `spark-nsfw score` or `classify`")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="the HTML file; replaces an older report, and refuses to replace anything else",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        metavar="INPUT",
+        help="the shards that were scored: adds images from every score band, blurred until "
+        "clicked",
+    )
+    parser.add_argument(
+        "--score-column",
+        default="nsfw_score",
+        metavar="NAME",
+        help="column of the scores (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="compare shards at this score (default: the middle of the range)",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="column that is true or 1 for unsafe samples: adds precision, recall and ROC",
+    )
+    parser.add_argument(
+        "--recall",
+        type=float,
+        default=0.95,
+        help="share of the labelled unsafe samples to remove; the page gives the threshold for it "
+        "(default: %(default)s)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.use.page import refuse_missing_libraries, refuse_page_file, write_page
+
+    inputs = ShardInputs.parse(options.shards) if options.shards else None
+    roots = [] if inputs is None else [inputs.filesystem + root for root in inputs.roots]
+    refuse_page_file(options.output, [options.metadata, *roots])
+    refuse_missing_libraries()
+
+    from spark_nsfw.spark.report import collect_report
+    from spark_nsfw.spark.session import active_or_local_session
+
+    data = collect_report(
+        active_or_local_session(),
+        options.metadata,
+        score_column=options.score_column,
+        threshold=options.threshold,
+        label_column=options.label_column,
+        wanted_recall=options.recall,
+        inputs=inputs,
+    )
+    write_page(options.output, data)
+    print(f"report    {options.output}")
+    return ExitStatus.DONE

@@ -1,0 +1,248 @@
+"""``spark-nsfw score``: shards → Parquet metadata."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from spark_nsfw.cli.arguments import (
+    DEFAULT_MODEL,
+    Commands,
+    add_classifier_arguments,
+    classifiers,
+    names,
+)
+from spark_nsfw.cli.exit_status import status_of
+from spark_nsfw.cli.signals import stop_at_signals
+from spark_nsfw.errors import InputError
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "score",
+        help="score every image of some shards into Parquet",
+        description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
+        "and write Parquet metadata partitioned by shard. Run a stopped command again to "
+        "continue where it stopped.",
+        epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples and "
+        "shards failed than --max-failed allows, or a shard was set aside, or nothing could be "
+        "scored; 4 stopped: run the same command again to go on.",
+    )
+    _add_arguments(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input",
+        nargs="+",
+        help="directory, .tar file, glob or brace range such as 'shards/{00000..00099}.tar'; "
+        "several may be given",
+    )
+    parser.add_argument("output", help="directory for the Parquet metadata")
+
+    model = parser.add_argument_group("models")
+    model.add_argument("--model", default=DEFAULT_MODEL, help="timm tower (default: %(default)s)")
+    model.add_argument(
+        "--clip-checkpoint",
+        metavar="FILE",
+        help="CLIP weights: timm's or open_clip's file, or OpenAI's ViT-L-14.pt",
+    )
+    model.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="download the tower's weights unless --clip-checkpoint is given; "
+        "--no-pretrained takes random ones, whose scores mean nothing",
+    )
+    model.add_argument(
+        "--embedding-size",
+        type=int,
+        metavar="D",
+        help="width of the embeddings, for towers without a projection of their own",
+    )
+    add_classifier_arguments(model)
+
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images per forward pass on a GPU; a CPU takes eight at a time (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--num-threads",
+        type=int,
+        default=4,
+        help="decoding threads per worker (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--precision",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="of the tower; auto: float16 on a GPU, float32 on a CPU",
+    )
+    speed.add_argument(
+        "--decode",
+        choices=["exact", "fast"],
+        default="fast",
+        help="exact: OpenAI's pixels bit for bit; fast: half the time for JPEG, and scores move "
+        "less than by float16 (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--device",
+        help="torch device such as cuda:0 or cpu (default: the task's GPU, else the CPU)",
+    )
+    speed.add_argument(
+        "--plan",
+        choices=["dataframe", "fused"],
+        default="dataframe",
+        help="dataframe: images pass through Spark; fused: one Python worker reads and scores; "
+        "the rows are the same (default: %(default)s)",
+    )
+    speed.add_argument(
+        "--shards-per-wave",
+        type=int,
+        metavar="N",
+        help="shards written together (default: as many as take about five minutes)",
+    )
+
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete what earlier runs wrote to the output and start anew; asks first",
+    )
+    run.add_argument("--yes", action="store_true", help="do not ask before deleting")
+    run.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on with an output that was begun with other models or options",
+    )
+    run.add_argument(
+        "--max-failed",
+        type=_limit,
+        metavar="N|P%",
+        help="exit with status 3 when more samples of the output failed, a number or a share; "
+        "a damaged shard counts as one",
+    )
+    run.add_argument(
+        "--watch",
+        action="store_true",
+        help="keep running and score shards as they arrive, until stopped (Ctrl-C, SIGTERM)",
+    )
+    run.add_argument(
+        "--settle-seconds",
+        type=float,
+        default=30,
+        metavar="S",
+        help="with --watch, read a shard once it has not changed for so long "
+        "(default: %(default)s)",
+    )
+    run.add_argument(
+        "--progress",
+        choices=["auto", "lines", "json"],
+        default="auto",
+        help="on stderr: a live line on a terminal, else a line or a JSON object per wave",
+    )
+
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--id-col", default="key", help="sample id in sidecars and JSON (default: %(default)s)"
+    )
+    rows.add_argument(
+        "--columns",
+        metavar="A,B",
+        help="which of the dataset's own columns to keep (default: all; '' for none)",
+    )
+    rows.add_argument("--captions", action="store_true", help="keep the .txt member as caption")
+    rows.add_argument(
+        "--embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the image_embedding column (default: yes)",
+    )
+    rows.add_argument(
+        "--image-extensions",
+        metavar="A,B",
+        help="which members are images, in order of preference (default: jpg, jpeg, png, webp and "
+        "what else pillow opens)",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported here, so that `--help` does not wait for torch and Spark.
+    from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
+    from spark_nsfw.score.embedder import TimmImageEmbedder
+    from spark_nsfw.score.recipe import Recipe
+    from spark_nsfw.spark.job import JobOptions, run_job
+    from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.use.metadata import MetadataFiles, refuse_place
+
+    embedder = TimmImageEmbedder(
+        options.model,
+        pretrained=options.pretrained and options.clip_checkpoint is None,
+        batch_size=options.batch_size,
+        num_threads_per_worker=options.num_threads,
+        checkpoint_path=options.clip_checkpoint,
+        precision=None if options.precision == "auto" else options.precision,
+        embedding_size=options.embedding_size,
+        decode=options.decode,
+        models_dir=options.models,
+        classifiers=classifiers(options),
+    )
+    recipe = Recipe.of(embedder, device=options.device, keep_embeddings=options.embeddings)
+    extensions = names(options.image_extensions)
+    source = ShardSource(
+        ShardInputs.parse(options.input),
+        SampleOptions(
+            image_extensions=IMAGE_EXTENSIONS if extensions is None else extensions,
+            captions=options.captions,
+            id_col=options.id_col,
+        ),
+        names(options.columns),
+    )
+    job = JobOptions(
+        plan=options.plan,
+        shards_per_wave=options.shards_per_wave,
+        allow_changes=options.allow_changes,
+        watch=options.watch,
+        settle_seconds=options.settle_seconds,
+        progress=options.progress,
+    )
+    # All that can be refused without Spark is refused before it starts.
+    output = MetadataFiles.at(options.output)
+    refuse_place(output.url, source)
+    recipe.ready()
+    if options.overwrite and output.is_begun:
+        if not options.yes:
+            _ask(f"Delete {options.output} and score everything anew?")
+        output.delete()
+    with stop_at_signals() as stop:
+        summary = run_job(
+            active_or_local_session(), source, recipe, output.url, options=job, stop=stop
+        )
+    print(summary)
+    return status_of(summary, options.max_failed)
+
+
+def _ask(question: str) -> None:
+    """Go on only if a person says yes."""
+    if not sys.stdin.isatty():
+        raise InputError(f"{question} There is nobody to ask; say --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise InputError("nothing was deleted")
+
+
+def _limit(text: str) -> float | int:
+    """``12`` → 12 samples, ``1.5%`` → a share of 0.015."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of samples nor a share such as 0.5%"
+        ) from None

@@ -1,0 +1,268 @@
+"""Encoded images → decoded pixels → device batches → metadata rows.
+
+The caller's thread reads; decoding threads fill the pixels of the batches to come;
+computing threads take full batches through tower and classifiers. A device batch forms
+across Arrow batches, so neither the size of a shard nor that of an Arrow batch shapes it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from spark_nsfw.errors import ImageError, OversizedImageError
+from spark_nsfw.read.source import Rows
+from spark_nsfw.schema import ERROR_MESSAGE, STATUS, Status, metadata_schema
+from spark_nsfw.score.forward import ForwardPasses, Results
+from spark_nsfw.score.pixels import Decode, decode_image
+from spark_nsfw.score.recipe import Recipe
+
+__all__ = ["Pipeline"]
+
+#: Device batches that decode ahead of those that are computed.
+_DECODING_AHEAD = 2
+
+#: Images that a decoding thread takes at a time: handing them over costs as much as a row.
+_DECODING_CHUNK = 8
+
+#: Rows that wait, at most, until a device batch is full; hardly any of them has an image then.
+_ROWS_WAITING = 16_384
+
+
+@dataclass
+class _Batch:
+    """The rows of one Arrow batch on their way through the pipeline.
+
+    Attributes:
+        batch: without the images.
+        image_rows: the rows that have an image, int64 (K,).
+        embeddings, scores: of these images, float32 (K, D) and (classifiers, K).
+        faults: status and message by position among these images.
+    """
+
+    batch: pa.RecordBatch
+    image_rows: npt.NDArray[np.int64]
+    embeddings: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    num_done: int = 0
+    faults: dict[int, tuple[Status, str]] = field(default_factory=dict)
+
+
+#: Position of an image in a list, and what is wrong with it.
+_Fault = tuple[int, Status, str]
+
+
+@dataclass
+class _Chunk:
+    """Images of one Arrow batch that one thread decodes, side by side in a device batch."""
+
+    rows: _Batch
+    first_position: int
+    num_images: int
+    decoding: Future[list[_Fault]]
+
+
+@dataclass
+class _DeviceBatch:
+    """Images that go through the tower together: uint8 (B, S, S, 3), the first of them used."""
+
+    pixels: torch.Tensor
+    chunks: list[_Chunk] = field(default_factory=list)
+    num_images: int = 0
+    computing: Future[Results] | None = None
+
+
+class Pipeline:
+    """Decode → device → rows, with bounded queues between; its threads end with its ``with``.
+
+    Args:
+        recipe: what the rows get.
+        passes: of its embedder and its classifiers.
+    """
+
+    def __init__(self, recipe: Recipe, passes: ForwardPasses) -> None:
+        self._recipe = recipe
+        self._passes = passes
+        self._embedder = passes.embedder
+        self._decoders = _thread_pool(passes.embedder.num_threads_per_worker, "decode")
+        self._computers = _thread_pool(passes.num_threads, "compute")
+        self._waiting: deque[_Batch] = deque()
+        self._num_rows_waiting = 0
+        self._filling: _DeviceBatch | None = None
+        self._computing: deque[_DeviceBatch] = deque()
+        self._free_pixels: list[torch.Tensor] = []
+
+    def __enter__(self) -> Pipeline:
+        self._passes.load()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for pool in (self._decoders, self._computers):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, rows: Rows) -> None:
+        """Start on the images of some rows; waits while enough others are under way."""
+        batch, images = rows
+        ok = pc.equal(batch.column(STATUS), Status.OK.value).to_numpy(zero_copy_only=False)
+        image_rows = np.flatnonzero(ok)
+        waiting = _Batch(
+            batch,
+            image_rows,
+            np.zeros((len(image_rows), self._embedder.embedding_size), np.float32),
+            np.zeros((len(self._passes.classifiers), len(image_rows)), np.float32),
+        )
+        self._waiting.append(waiting)
+        self._num_rows_waiting += batch.num_rows
+        batch_size = self._passes.batch_size
+        position = 0
+        while position < len(image_rows):
+            device_batch = self._filling = self._filling or _DeviceBatch(self._take_pixels())
+            start = device_batch.num_images
+            count = min(_DECODING_CHUNK, batch_size - start, len(image_rows) - position)
+            chunk = [images[row] for row in image_rows[position : position + count]]
+            pixels = device_batch.pixels[start : start + count].numpy()
+            decoding = self._decoders.submit(_decode_images, chunk, pixels, self._embedder.decode)
+            device_batch.chunks.append(_Chunk(waiting, position, count, decoding))
+            device_batch.num_images += count
+            position += count
+            if device_batch.num_images == batch_size:
+                self._launch(device_batch)
+        if self._filling is not None and self._num_rows_waiting > _ROWS_WAITING:
+            self._launch(self._filling)
+
+    def _take_pixels(self) -> torch.Tensor:
+        if self._free_pixels:
+            return self._free_pixels.pop()
+        size = self._embedder.image_size
+        shape = (self._passes.batch_size, size, size, 3)
+        # zeros: the place of an undecodable image is computed like any other and ignored
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self._passes.on_gpu)
+
+    def _launch(self, batch: _DeviceBatch) -> None:
+        """Hand a batch to the computing threads, and wait until there is room for another."""
+        self._filling = None
+        batch.computing = self._computers.submit(self._compute, batch)
+        self._computing.append(batch)
+        while len(self._computing) > self._passes.num_threads + _DECODING_AHEAD:
+            self._finish(self._computing.popleft())
+
+    def flush(self) -> None:
+        """Finish everything that was added."""
+        if self._filling is not None:
+            self._launch(self._filling)
+        while self._computing:
+            self._finish(self._computing.popleft())
+
+    def finished(self) -> Iterator[pa.RecordBatch]:
+        """The metadata batches that are complete, in order."""
+        while self._computing and self._computing[0].computing.done():  # type: ignore[union-attr]
+            self._finish(self._computing.popleft())
+        while self._waiting and self._waiting[0].num_done == len(self._waiting[0].image_rows):
+            rows = self._waiting.popleft()
+            self._num_rows_waiting -= rows.batch.num_rows
+            yield self._metadata(rows)
+
+    def _compute(self, batch: _DeviceBatch) -> Results:
+        for chunk in batch.chunks:
+            chunk.decoding.result()  # `wait` would never hear that one was cancelled
+        return self._passes.score(batch.pixels[: batch.num_images])
+
+    def _finish(self, batch: _DeviceBatch) -> None:
+        """Give the rows of a batch their results."""
+        assert batch.computing is not None
+        embeddings, scores = batch.computing.result()
+        start = 0
+        for chunk in batch.chunks:
+            rows, first = chunk.rows, chunk.first_position
+            here = slice(start, start + chunk.num_images)
+            there = slice(first, first + chunk.num_images)
+            rows.embeddings[there] = embeddings[here].numpy()
+            for column, values in zip(rows.scores, scores, strict=True):
+                column[there] = values[here].numpy()
+            for position, status, message in chunk.decoding.result():
+                rows.faults[first + position] = status, message
+            rows.num_done += chunk.num_images
+            start += chunk.num_images
+        self._free_pixels.append(batch.pixels)
+
+    def _metadata(self, rows: _Batch) -> pa.RecordBatch:
+        not_finite = ~np.isfinite(rows.embeddings).all(axis=1)
+        for position in np.flatnonzero(not_finite).tolist():
+            rows.faults.setdefault(
+                position,
+                (Status.EMBEDDING_INVALID, "the tower gave an embedding that is not finite"),
+            )
+        batch = rows.batch
+        statuses = batch.column(STATUS).to_pylist()
+        messages = batch.column(ERROR_MESSAGE).to_pylist()
+        good = np.ones(len(rows.image_rows), bool)
+        for position, (status, message) in rows.faults.items():
+            good[position] = False
+            row = int(rows.image_rows[position])
+            statuses[row], messages[row] = status.value, message
+        present = np.zeros(batch.num_rows, bool)
+        present[rows.image_rows[good]] = True
+
+        results: dict[str, pa.Array] = {
+            STATUS: pa.array(statuses, pa.string()),
+            ERROR_MESSAGE: pa.array(messages, pa.string()),
+        }
+        if self._recipe.keep_embeddings:
+            column = self._recipe.embedding_column
+            results[column] = _embedding_array(rows.embeddings[good], present)
+        for column, scores in zip(self._recipe.score_columns, rows.scores, strict=True):
+            values = np.zeros(batch.num_rows, np.float32)
+            values[present] = scores[good]
+            results[column] = pa.array(values, mask=~present)
+        schema = metadata_schema(batch.schema, self._recipe.result_fields)
+        arrays = [results[name] if name in results else batch.column(name) for name in schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _decode_images(
+    images: Sequence[Any], pixels: npt.NDArray[np.uint8], decode: Decode
+) -> list[_Fault]:
+    """Decode N images into uint8 (N, S, S, 3); tells which could not be."""
+    faults: list[_Fault] = []
+    for position, image in enumerate(images):
+        if image is None:
+            faults.append((position, Status.IMAGE_MISSING, "the image is null"))
+            continue
+        try:
+            pixels[position] = decode_image(memoryview(image), pixels.shape[1], decode=decode)
+        except OversizedImageError as exc:
+            faults.append((position, Status.IMAGE_OVERSIZED, str(exc)))
+        except ImageError as exc:
+            faults.append((position, Status.IMAGE_UNDECODABLE, str(exc)))
+    return faults
+
+
+def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads that do not split their work further: there is one for each core already."""
+    return ThreadPoolExecutor(num_threads, name, torch.set_num_threads, (1,))
+
+
+def _embedding_array(
+    embeddings: npt.NDArray[np.float32], present: npt.NDArray[np.bool_]
+) -> pa.ListArray:
+    """float32 (K, D) and bool (N,) with K True → list array of N, null where not present."""
+    lengths = np.where(present, embeddings.shape[1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(embeddings.reshape(-1)), mask=pa.array(~present)
+    )

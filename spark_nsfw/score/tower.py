@@ -1,0 +1,106 @@
+"""The network between pixels and image_embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import timm
+import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from spark_nsfw.score.blocks import in_blocks
+
+__all__ = [
+    "CPU_BLOCK_IMAGES",
+    "PRECISIONS",
+    "Precision",
+    "Tower",
+    "create_network",
+    "network_shape",
+    "with_timm_names",
+]
+
+Precision = Literal["float32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
+
+#: On a CPU every forward pass has this many images, so that an embedding depends on nothing
+#: but its image. More at a time are no faster.
+CPU_BLOCK_IMAGES = 8
+
+
+class Tower(nn.Module):
+    """A timm network between raw pixels and embeddings, on one device in one precision.
+
+    Args:
+        network: the timm tower.
+        mean, std: of the pixels, per RGB channel, on a scale of 0 to 1.
+        precision: of the network's weights and activations.
+        normalize: divide embeddings by their L2 norm.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: torch.dtype,
+        normalize: bool,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(precision)
+        self.precision = precision
+        self.normalize = normalize
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) → float32 (N, D)."""
+        if pixels.device.type == "cpu":
+            return in_blocks(self._embed, pixels, CPU_BLOCK_IMAGES)
+        return self._embed(pixels)
+
+    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        # Planes first, while a value is one byte: the passes below are then seven times as fast.
+        planes = pixels.permute(0, 3, 1, 2).contiguous()
+        x = planes.to(torch.float32).sub_(self.get_buffer("mean")).div_(self.get_buffer("std"))
+        embeddings = self.network(x.to(self.precision)).to(torch.float32)
+        return nn.functional.normalize(embeddings, dim=-1) if self.normalize else embeddings
+
+
+def create_network(model_name: str, embedding_size: int | None) -> nn.Module:
+    """A timm network with random weights, ``embedding_size`` wide or as wide as its own."""
+    kwargs = {} if embedding_size is None else {"num_classes": embedding_size}
+    network: nn.Module = timm.create_model(model_name, pretrained=False, **kwargs)
+    return network
+
+
+@lru_cache(maxsize=8)
+def network_shape(model_name: str, embedding_size: int | None) -> nn.Module:
+    """A network without memory behind its weights: its configuration and shapes."""
+    with torch.device("meta"):
+        return create_network(model_name, embedding_size)
+
+
+def with_timm_names(
+    tensors: dict[str, torch.Tensor], network: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Checkpoint tensors under timm's names, whichever of the known formats they have.
+
+    timm would resize position embeddings and patch kernels that do not fit, and so
+    load a 336 pixel checkpoint into a 224 pixel tower; such tensors keep their shape here.
+    """
+    renamed: dict[str, torch.Tensor] = checkpoint_filter_fn(dict(tensors), network)
+    originals = {
+        "pos_embed": ("positional_embedding", "pos_embed"),
+        "patch_embed.proj.weight": ("conv1.weight", "patch_embed.proj.weight"),
+    }
+    for name, endings in originals.items():
+        for source, tensor in tensors.items():
+            of_tower = source.startswith(("visual.", "module.visual.")) or source == name
+            is_original = name in renamed and of_tower and source.endswith(endings)
+            if is_original and tensor.numel() != renamed[name].numel():
+                renamed[name] = tensor
+    return renamed
