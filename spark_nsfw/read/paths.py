@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import bracex
-from pyarrow.fs import FileType
 from wcmatch import fnmatch
 
 from spark_nsfw.errors import InputError, NothingToReadError
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import FileEntry, hadoop_path, is_below, iter_files, resolve
+from spark_nsfw.storage import FileEntry, find_file, hadoop_path, is_below, iter_files
 
 __all__ = ["ShardInputs", "expand_ranges"]
 
@@ -214,10 +213,9 @@ def _nothing_in(path: str) -> NothingToReadError:
 
 def _iter_tars(url: str) -> Iterator[FileEntry]:
     """The tars below a directory; or one without a name for a file itself."""
-    filesystem, path = resolve(url)
-    info = filesystem.get_file_info(path)
-    if info.type is FileType.File:
-        yield FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
+    file = find_file(url)
+    if file is not None:
+        yield file
         return
     for entry in iter_files(url, skip=_is_hidden_directory, follow_links=True):
         directory, _, base = entry.name.rpartition("/")
