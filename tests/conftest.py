@@ -59,6 +59,7 @@ def spark(weights_cache):
         .appName("tests")
         .config("spark.ui.enabled", "false")
         .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.python.daemon.module", "spark_nsfw.spark.daemon")
         .config("spark.sql.session.timeZone", "UTC")
         .getOrCreate()
     )
