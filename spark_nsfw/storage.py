@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -24,6 +25,7 @@ __all__ = [
     "is_below",
     "open_input",
     "parts",
+    "path_below",
     "resolve",
 ]
 
@@ -109,7 +111,7 @@ def open_input(url: str) -> BinaryIO:
     there; the pauses grow, `RETRY_SECONDS`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         StorageError: it cannot be opened or read now, network, permission or disk; raised
             by reads, too.
         InputError: no filesystem for this kind of URL.
@@ -132,6 +134,8 @@ class _RetryingFile(io.RawIOBase):
 
     def _open(self) -> int:
         filesystem, path = resolve(self.url)
+        if self.is_local and os.path.isdir(path):  # pyarrow's error is one of any kind
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", path)
         file = filesystem.open_input_file(path)
         size = int(file.size())
         if self._size not in (-1, size):
@@ -233,7 +237,16 @@ def absolute(url: str) -> str:
 
 def is_below(url: str, directory: str) -> bool:
     """Whether one path or URL is the other, or below it; links are followed."""
-    return _real(url).startswith(_real(directory))
+    return path_below(url, directory) is not None
+
+
+def path_below(url: str, directory: str) -> str | None:
+    """The path of one place below another, empty if they are one; None if it is not below.
+
+    Links are followed; no store is asked.
+    """
+    place, root = _real(url), _real(directory)
+    return place[len(root) :].rstrip("/") if place.startswith(root) else None
 
 
 def _real(url: str) -> str:

@@ -136,11 +136,13 @@ def data(tmp_path, monkeypatch):
     write_files(tmp_path, "shards/00000.tar", "thesis/thesis.tex", "page.html", "empty.html")
     (tmp_path / "empty.html").write_bytes(b"")
     note = {"inputs": {"filesystem": "", "roots": [f"{tmp_path}/shards/"]}}
-    schema = pa.schema([("key", pa.string())], {"spark_nsfw": json.dumps(note)})
+    columns = [("key", pa.string()), ("image_embedding", pa.list_(pa.float32()))]
+    schema = pa.schema(columns, {"spark_nsfw": json.dumps(note)})
     for shard in ("__schema__", "00000"):
         (tmp_path / "metadata" / f"shard={shard}").mkdir(parents=True)
         path = tmp_path / "metadata" / f"shard={shard}" / "part-0.parquet"
-        pq.write_table(schema.empty_table(), path)
+        rows = [] if shard == "__schema__" else [{"key": "0", "image_embedding": [0.0] * 768}]
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spark_nsfw.spark.session.active_or_local_session", _no_spark)
     return tmp_path
@@ -169,13 +171,13 @@ def test_export_and_classify_refuse_a_wrong_output(data, capsys, output):
     assert listing(data) == before
 
 
-def test_export_and_classify_go_on_with_a_right_output(data):
+def test_export_and_classify_go_on_with_a_right_output(data, detector_path):
     (data / "empty").mkdir()
     for output in ("new", "empty"):
         with pytest.raises(SparkStartedError):
             main(["export", "metadata", output, "--shards", "shards", "--where", "true"])
         with pytest.raises(SparkStartedError):
-            main(["classify", "metadata", output])
+            main(["classify", "metadata", output, "--nsfw-checkpoint", detector_path])
 
 
 @pytest.mark.parametrize("content", ['{"mine": 1}', "no JSON", ""])
@@ -212,9 +214,11 @@ def test_shards_of_another_root_are_refused_unless_they_were_moved(data, capsys)
 
 @pytest.mark.parametrize("note", [{}, {"inputs": {"kind": "embeddings", "roots": ["/x/"]}}])
 def test_metadata_that_does_not_say_which_shards_it_is_of_is_accepted(data, note):
-    schema = pa.schema([("key", pa.string())], {"spark_nsfw": json.dumps(note)})
+    columns = [("key", pa.string()), ("image_embedding", pa.list_(pa.float32()))]
+    schema = pa.schema(columns, {"spark_nsfw": json.dumps(note)})
     for path in data.glob("metadata/*/*.parquet"):
-        pq.write_table(schema.empty_table(), path)
+        rows = [] if shard == "__schema__" else [{"key": "0", "image_embedding": [0.0] * 768}]
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
     with pytest.raises(SparkStartedError):
         main(["export", "metadata", "out", "--where", "true", "--shards", "shards"])
 
