@@ -11,8 +11,9 @@ import pytest
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
+from spark_nsfw.files import write_file
 from spark_nsfw.read.paths import ShardInputs, expand_ranges
-from spark_nsfw.storage import _filesystem, resolve, write_file
+from spark_nsfw.storage import _filesystem, resolve
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,8 @@ from object_store import s3, s3_endpoint  # noqa: F401
 
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, StorageError
-from spark_nsfw.ownership import (
-    delete_our_files,
-    refuse_foreign_metadata,
-    refuse_overlap,
-    write_whole,
-)
+from spark_nsfw.files import write_file
+from spark_nsfw.ownership import delete_our_files, refuse_overlap
 from spark_nsfw.use.export_output import new_file
 
 
@@ -73,32 +69,6 @@ def test_an_output_overlaps_on_an_object_store_under_any_of_its_names(s3):  # no
     refuse_overlap(f"s3://{s3.bucket}/shards2", [f"s3a://{s3.bucket}/shards/"])
 
 
-@pytest.mark.parametrize(
-    ("names", "refused"),
-    [
-        ([], None),
-        (["_spark_nsfw/checkpoint/offsets/0"], None),
-        (["shard=__schema__/part-0.parquet", "shard=00000/part-0.parquet", "_SUCCESS"], None),
-        (["shard=00000/part-0.parquet"], "shard=00000"),
-        (["shard=__schema__/part-0.parquet", "thesis.tex"], "thesis.tex"),
-        ([".git/config"], ".git"),
-    ],
-)
-def test_only_metadata_is_taken_for_metadata(tmp_path, names, refused):
-    write_files(tmp_path / "out", *names)
-    if refused is None:
-        refuse_foreign_metadata(str(tmp_path / "out"))
-    else:
-        with pytest.raises(InputError, match=f"has {refused} in it"):
-            refuse_foreign_metadata(str(tmp_path / "out"))
-
-
-def test_a_file_is_no_output(tmp_path):
-    write_files(tmp_path, "out")
-    with pytest.raises(InputError, match="is a file"):
-        refuse_foreign_metadata(str(tmp_path / "out"))
-
-
 # --- Deleting and writing -------------------------------------------------------------
 
 
@@ -123,23 +93,23 @@ def test_only_our_objects_are_deleted(s3):  # noqa: F811
 
 def test_a_file_is_replaced_whole(tmp_path):
     write_files(tmp_path, "file")
-    write_whole(str(tmp_path / "file"), b"new")
+    write_file(str(tmp_path / "file"), b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"new"}
-    with pytest.raises(StorageError, match="none/file"):
-        write_whole(str(tmp_path / "none" / "file"), b"new")
+    with pytest.raises(StorageError, match="file/none"):
+        write_file(str(tmp_path / "file" / "none"), b"new")
 
 
 def test_what_cannot_be_written_changes_nothing(tmp_path):
     write_files(tmp_path, "directory/file")
     before = listing(tmp_path)
     with pytest.raises(StorageError):
-        write_whole(str(tmp_path / "directory"), b"new")
+        write_file(str(tmp_path / "directory"), b"new")
     assert listing(tmp_path) == before
 
 
 def test_an_object_is_replaced_whole(s3):  # noqa: F811
     for content in (b"old", b"new"):
-        write_whole(f"s3://{s3.bucket}/dir/file", content)
+        write_file(f"s3://{s3.bucket}/dir/file", content)
     assert s3.files() == {"dir/file": b"new"}
 
 

@@ -14,8 +14,9 @@ import bracex
 from wcmatch import fnmatch
 
 from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.files import FileEntry, find_file, iter_files
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import FileEntry, find_file, hadoop_path, is_below, iter_files, path_below
+from spark_nsfw.storage import hadoop_path, is_below, path_below
 
 __all__ = ["ShardInputs", "expand_ranges"]
 

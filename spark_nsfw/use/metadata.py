@@ -21,21 +21,17 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.files import (
+    FileEntry,
+    delete_empty_directories,
+    delete_files,
+    iter_files,
+    write_file,
+)
 from spark_nsfw.note import note_in, same_note
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import KEY, SHARD
-from spark_nsfw.storage import (
-    FileEntry,
-    absolute,
-    delete_empty_directories,
-    delete_files,
-    hadoop_path,
-    ignores_case,
-    iter_files,
-    open_input,
-    resolve,
-    write_file,
-)
+from spark_nsfw.storage import absolute, hadoop_path, ignores_case, open_input, resolve
 
 __all__ = ["SCHEMA_PARTITION", "STATE", "MetadataFiles", "refuse_names", "refuse_place"]
 
