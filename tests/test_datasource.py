@@ -112,8 +112,7 @@ def listed_by_spark(spark, pattern):
     files = spark.read.format("binaryFile").options(
         pathGlobFilter="*.tar", recursiveFileLookup="true"
     )
-    return sorted(path.removeprefix("file:").replace("//", "/", 1)
-                  for path in files.load(str(pattern)).inputFiles())  # fmt: skip
+    return sorted(path.removeprefix("file://") for path in files.load(str(pattern)).inputFiles())
 
 
 def listed_by_us(pattern):
