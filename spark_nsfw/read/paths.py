@@ -8,14 +8,15 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import bracex
-from pyarrow.fs import FileType
 from wcmatch import fnmatch
 
 from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.files import FileEntry, find_file, iter_files
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import FileEntry, hadoop_path, is_below, iter_files, resolve
+from spark_nsfw.storage import hadoop_path, is_below, path_below
 
 __all__ = ["ShardInputs", "expand_ranges"]
 
@@ -26,6 +27,9 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*(?=/|\Z)|(?=/))")
 
 #: Hidden names are left out elsewhere; within braces a glob matches as it does outside.
 _MATCH_FLAGS = fnmatch.DOTMATCH | fnmatch.BRACE | fnmatch.CASE
+
+#: Whether a name fits one segment of a glob; None stands for any number of names.
+_Matcher = Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
@@ -115,16 +119,17 @@ class ShardInputs:
         """Whether tars below a directory would be input, or the input lies in it."""
         if any(is_below(self.filesystem + root, url) for root in self.roots):
             return True
-        filesystem, path = _split(_absolute(url))
-        tar = f"{path.rstrip('/')}/x.tar"
         for pattern in self.patterns:
             inside = _split(pattern)[1]
-            if not _GLOB_CHARACTERS.search(inside):
-                if is_below(url, pattern):
-                    return True
-            elif filesystem == self.filesystem and any(
-                _select(expanded, [tar]) for expanded in expand_ranges(inside)
-            ):
+            is_glob = _GLOB_CHARACTERS.search(inside)
+            top = _root(pattern)
+            below = path_below(url, self.filesystem + (top if is_glob else inside))
+            if below is None:
+                continue
+            if not is_glob:
+                return True
+            tar = f"{top}{below}/x.tar" if below else f"{top}x.tar"
+            if any(_select(expanded, [tar]) for expanded in expand_ranges(inside)):
                 return True
         return False
 
@@ -190,9 +195,11 @@ def _list(pattern: str) -> dict[str, FileEntry]:
     filesystem_url, path = _split(pattern)
     is_glob = _GLOB_CHARACTERS.search(path)
     root = _root(pattern).rstrip("/") if is_glob else path.rstrip("/")
+    # A range of numbers is no more than any name here: ten thousand are slow to try.
+    _, globs = _compiled(_RANGE.sub("*", path.rstrip("/"))) if is_glob else ("", [[]])
     entries = {
         filesystem_url + root + (f"/{entry.name}" if entry.name else ""): entry
-        for entry in _iter_tars(f"{filesystem_url}{root or '/'}")
+        for entry in _iter_tars(f"{filesystem_url}{root or '/'}", globs)
     }
     if not is_glob:
         if not entries:
@@ -212,14 +219,22 @@ def _nothing_in(path: str) -> NothingToReadError:
     return NothingToReadError(f"{path} does not exist, or has no shard (*.tar) in it")
 
 
-def _iter_tars(url: str) -> Iterator[FileEntry]:
-    """The tars below a directory; or one without a name for a file itself."""
-    filesystem, path = resolve(url)
-    info = filesystem.get_file_info(path)
-    if info.type is FileType.File:
-        yield FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
+def _iter_tars(url: str, globs: Sequence[Sequence[_Matcher]]) -> Iterator[FileEntry]:
+    """The tars below a directory; or one without a name for a file itself.
+
+    Directories that hold nothing any of the globs could name are not looked into.
+    """
+
+    def skip(name: str) -> bool:
+        names = name.split("/")
+        return _is_hidden_directory(name) or not any(_may_lead_to(glob, names) for glob in globs)
+
+    file = find_file(url)
+    if file is not None:
+        if url.endswith(".tar"):
+            yield file
         return
-    for entry in iter_files(url, skip=_is_hidden_directory, follow_links=True):
+    for entry in iter_files(url, skip=skip, follow_links=True):
         directory, _, base = entry.name.rpartition("/")
         if base.endswith(".tar") and base[0] not in "._" and not _is_hidden_directory(directory):
             yield entry
@@ -242,16 +257,23 @@ def _select(pattern: str, paths: Sequence[str]) -> list[str]:
             for path in _with_prefix(pattern, paths)
             if len(path) == len(pattern) or path[len(pattern)] == "/"
         ]
+    prefix, globs = _compiled(pattern)
+    return [
+        path
+        for path in _with_prefix(prefix, paths)
+        if any(_matches(glob, path[len(prefix) :].split("/")) for glob in globs)
+    ]
+
+
+def _compiled(pattern: str) -> tuple[str, list[list[_Matcher]]]:
+    """The directory above a glob, and the segments below it, of each of its alternatives."""
+    match = _GLOB_CHARACTERS.search(pattern)
+    assert match is not None
     start = pattern.rfind("/", 0, match.start()) + 1
     globs = [pattern[start:]]
     if _SLASH_IN_BRACES.search(pattern):
         globs = bracex.expand(globs[0], limit=0)
-    several = [[_matcher(segment) for segment in glob.split("/")] for glob in globs]
-    return [
-        path
-        for path in _with_prefix(pattern[:start], paths)
-        if any(_matches(matchers, path[start:].split("/")) for matchers in several)
-    ]
+    return pattern[:start], [[_matcher(segment) for segment in glob.split("/")] for glob in globs]
 
 
 def _with_prefix(prefix: str, paths: Sequence[str]) -> Iterator[str]:
@@ -261,8 +283,8 @@ def _with_prefix(prefix: str, paths: Sequence[str]) -> Iterator[str]:
         yield paths[position]
 
 
-def _matcher(segment: str) -> Callable[[str], bool] | None:
-    """Whether a name fits one segment of a glob; None for ``**``, any number of them."""
+@lru_cache(maxsize=1024)
+def _matcher(segment: str) -> _Matcher:
     if segment == "**":
         return None
     if not _GLOB_CHARACTERS.search(segment):
@@ -272,10 +294,20 @@ def _matcher(segment: str) -> Callable[[str], bool] | None:
     return lambda name: any(expression.match(name) for expression in expressions)
 
 
-def _matches(matchers: Sequence[Callable[[str], bool] | None], names: Sequence[str]) -> bool:
-    if not matchers:
+def _matches(glob: Sequence[_Matcher], names: Sequence[str]) -> bool:
+    if not glob:
         return True
-    first, *others = matchers
+    first, *others = glob
     if first is None:
         return any(_matches(others, names[start:]) for start in range(len(names)))
     return bool(names) and first(names[0]) and _matches(others, names[1:])
+
+
+def _may_lead_to(glob: Sequence[_Matcher], names: Sequence[str]) -> bool:
+    """Whether what a glob names can be these names or below them."""
+    for matcher, name in zip(glob, names, strict=False):
+        if matcher is None:
+            return True
+        if not matcher(name):
+            return False
+    return True
