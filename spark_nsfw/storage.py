@@ -36,6 +36,7 @@ __all__ = [
     "list_files",
     "move_file",
     "open_input",
+    "path_below",
     "resolve",
     "write_file",
     "write_text",
@@ -161,9 +162,7 @@ class _RetryingFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        if self._file is not None:
-            self._file.seek(self._position)
+        self._position = max(0, start + offset)  # past the end, too, which pyarrow refuses
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -174,6 +173,8 @@ class _RetryingFile(io.RawIOBase):
         def read() -> int:
             if self._file is None:
                 self._open()
+            if self._file.tell() != self._position:
+                self._file.seek(self._position)
             count = int(self._file.readinto(memoryview(buffer)[:wanted]))
             if not count:
                 raise OSError(f"it ended at byte {self._position:,} of {self._size:,}")
@@ -427,6 +428,12 @@ def delete_directory(url: str) -> None:
     filesystem, path = resolve(url)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
+
+
+def path_below(url: str, directory: str) -> str | None:
+    """The path from a directory to what is below it, empty for itself; None where it is not."""
+    path, above = (f"{_real(place).rstrip('/')}/" for place in (url, directory))
+    return path[len(above) :].rstrip("/") if path.startswith(above) else None
 
 
 def absolute(url: str) -> str:
