@@ -121,12 +121,12 @@ class ShardInputs:
             url = self.filesystem + place
             if info.type is FileType.File:
                 if not place.endswith(".tar"):
-                    raise _nothing_in(place)
+                    raise _nothing_in(url)
                 yield url, (info.mtime_ns or 0) / 1e9
                 continue
             found = [(f"{url}/{name}", seconds) for name, seconds in _iter_tars(url or "/")]
             if not found:
-                raise _nothing_in(place or url)
+                raise _nothing_in(url or "/")
             yield from found
 
     def covers(self, url: str) -> bool:
@@ -182,8 +182,8 @@ def _list_matches(pattern: str) -> dict[str, float]:
     Raises:
         NothingToReadError: there are none, or none of one of the names in braces.
     """
-    root, wanted = _root(pattern), PathPattern(_below_root(pattern))
-    url = _split(pattern)[0] + root
+    wanted = PathPattern(_below_root(pattern))
+    url = _split(pattern)[0] + _root(pattern)
     found: dict[str, float] = {}
     matched: set[str] = set()
     for name, seconds in _iter_tars(url, wanted):
@@ -193,7 +193,7 @@ def _list_matches(pattern: str) -> dict[str, float]:
             matched.update(matches)
     missing = wanted.first_missing(matched)
     if missing is not None:
-        raise _nothing_in(root + missing)
+        raise _nothing_in(url + missing)
     return found
 
 
