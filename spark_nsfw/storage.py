@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
@@ -28,6 +30,7 @@ __all__ = [
     "delete_empty_directories",
     "delete_files",
     "files_digest",
+    "find_file",
     "hadoop_path",
     "ignores_case",
     "is_below",
@@ -68,6 +71,8 @@ def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
             f"{uri}: pyarrow has no filesystem for this URL ({exc}); "
             "use a local path, s3, gs, abfs or hdfs"
         ) from exc
+    except OSError as exc:  # it asks S3 for the bucket's region
+        raise StorageError(f"{uri} cannot be reached: {exc}") from exc
 
 
 def resolve(url: str) -> tuple[fs.FileSystem, str]:
@@ -79,6 +84,7 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
 
     Raises:
         InputError: no filesystem for this kind of URL.
+        StorageError: the store does not answer.
     """
     scheme, authority, path = _parts(url)
     if not scheme:
@@ -88,7 +94,7 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def _parts(url: str) -> tuple[str, str, str]:
-    """URL → pyarrow's scheme, authority, path in it; no scheme for a local file."""
+    """URL → (scheme as pyarrow names it, authority, path in it); local paths have no scheme."""
     scheme, colon, rest = url.partition(":")
     if not colon or "/" in scheme or len(scheme) == 1:
         return "", "", str(Path(url).absolute())
@@ -97,11 +103,9 @@ def _parts(url: str) -> tuple[str, str, str]:
     if scheme == "dbfs":
         path = "/" + rest.lstrip("/")
         return "", "", path if path.startswith("/Volumes/") else "/dbfs" + path
-    authority, _, path = (
-        rest.lstrip("/").partition("/") if rest.startswith("//") else ("", "", rest)
-    )
-    if rest.startswith("///"):
-        authority, path = "", rest
+    authority, path = "", rest
+    if rest.startswith("//") and not rest.startswith("///"):
+        authority, _, path = rest[2:].partition("/")
     return _SCHEME_ALIASES.get(scheme, scheme), authority, path.lstrip("/")
 
 
@@ -138,17 +142,20 @@ class _RetryingFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         super().__init__()
         self.url = url
-        self.is_local = isinstance(resolve(url)[0], fs.LocalFileSystem)
+        self.is_local = not _parts(url)[0]
         self._file: Any = None
         self._position = 0
-        self._size = self._retried(self._open)
+        self._size = -1
+        self._retried(self._open)
 
     def _open(self) -> int:
         filesystem, path = resolve(self.url)
         file = filesystem.open_input_file(path)
         size = int(file.size())
-        file.seek(self._position)
-        self._file = file
+        if self._size not in (-1, size):
+            file.close()
+            raise OSError(f"it changed while it was read, from {self._size:,} to {size:,} bytes")
+        self._file, self._size = file, size
         return size
 
     def readable(self) -> bool:
@@ -184,12 +191,22 @@ class _RetryingFile(io.RawIOBase):
         self._position += count
         return count
 
+    def readall(self) -> bytes:
+        # Python's own asks for 8 KiB at a time, a request to the store each.
+        content = bytearray(max(0, self._size - self._position))
+        view, filled = memoryview(content), 0
+        while count := self.readinto(view[filled:]):
+            filled += count
+        return bytes(content)
+
     def _retried(self, attempt: Callable[[], int]) -> int:
         for pause in (*RETRY_SECONDS, None):
             try:
                 return attempt()
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as exc:
+                if self._size < 0:
+                    raise
+                raise StorageError(f"{self.url} vanished while it was read") from exc
             except OSError as exc:
                 if pause is None:
                     raise StorageError(
@@ -257,6 +274,22 @@ class FileEntry:
     modified_seconds: float
 
 
+def find_file(url: str) -> FileEntry | None:
+    """The file that ``url`` names, its entry's name empty; None if it names a directory or nothing.
+
+    Raises:
+        StorageError: it cannot be looked at now.
+    """
+    filesystem, path = resolve(url)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as exc:
+        raise StorageError(f"{url} cannot be looked at: {exc}") from exc
+    if info.type is not fs.FileType.File:
+        return None
+    return FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
+
+
 def iter_files(
     url: str, *, skip: Callable[[str], bool] = lambda name: False, follow_links: bool = False
 ) -> Iterator[FileEntry]:
@@ -310,8 +343,12 @@ def _iter_local_files(
                             )
                         continue
                     stat = entry.stat()
-                except FileNotFoundError:
-                    continue
+                except OSError as exc:
+                    if exc.errno in (errno.ENOENT, errno.ELOOP):
+                        continue  # gone, or a link that leads nowhere
+                    raise
+                if not S_ISREG(stat.st_mode):
+                    continue  # a link to a directory, or a pipe, which nobody wants to open
                 yield FileEntry(name, stat.st_size, stat.st_mtime)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -332,7 +369,8 @@ def write_file(url: str, content: bytes) -> None:
     if filesystem.type_name in ("local", "hdfs"):  # object stores publish when all is there
         partial = f"{directory}/.{name}.{uuid.uuid4()}"
     try:
-        filesystem.create_dir(directory)
+        if partial != path:
+            filesystem.create_dir(directory)
         try:
             with filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
@@ -430,12 +468,6 @@ def delete_directory(url: str) -> None:
         filesystem.delete_dir(path)
 
 
-def path_below(url: str, directory: str) -> str | None:
-    """The path from a directory to what is below it, empty for itself; None where it is not."""
-    path, above = (f"{_real(place).rstrip('/')}/" for place in (url, directory))
-    return path[len(above) :].rstrip("/") if path.startswith(above) else None
-
-
 def absolute(url: str) -> str:
     """A path made absolute, a URL as it is: Spark's JVM may stand in another folder."""
     return url if ":" in url or url.startswith("/") else os.path.abspath(url)
@@ -443,13 +475,21 @@ def absolute(url: str) -> str:
 
 def is_below(url: str, directory: str) -> bool:
     """Whether one path or URL is the other, or below it; links are followed."""
-    return f"{_real(url)}/".startswith(f"{_real(directory)}/")
+    return path_below(url, directory) is not None
+
+
+def path_below(url: str, directory: str) -> str | None:
+    """The path from a directory to what is below it, empty for itself; None where it is not."""
+    path, above = _real(url), _real(directory)
+    return path[len(above) :].rstrip("/") if path.startswith(above) else None
 
 
 def _real(url: str) -> str:
-    """A name for a place, the same for all its URLs; no store is asked."""
+    """One name for a place, with a slash at its end."""
     scheme, authority, path = _parts(url)
-    return f"{scheme}://{authority}/{path}".rstrip("/") if scheme else str(Path(path).resolve())
+    if scheme:
+        return f"{scheme}://{authority}/{path}".rstrip("/") + "/"
+    return str(Path(path).resolve()).rstrip("/") + "/"
 
 
 def list_files(url: str) -> tuple[str, list[str]]:
@@ -462,20 +502,14 @@ def list_files(url: str) -> tuple[str, list[str]]:
         A prefix, and the files' names, sorted; prefix + name is a path or URL for `open_input`.
 
     Raises:
+        StorageError: they cannot be listed now.
         InputError: no filesystem for this kind of URL.
     """
-    filesystem, path = resolve(url)
-    prefix = path if isinstance(filesystem, fs.LocalFileSystem) else url
-    if filesystem.get_file_info(path).type == fs.FileType.File:
+    prefix = url if _parts(url)[0] else _parts(url)[2]
+    if find_file(url) is not None:
         directory, _, name = prefix.rpartition("/")
         return f"{directory}/", [name]
-    root = path.rstrip("/") + "/"
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    names = sorted(
-        info.path[len(root) :]
-        for info in filesystem.get_file_info(selector)
-        if info.type == fs.FileType.File
-    )
+    names = sorted(entry.name for entry in iter_files(url, follow_links=True))
     hidden = ("_", ".")
     return prefix.rstrip("/") + "/", [
         name for name in names if not any(part.startswith(hidden) for part in name.split("/"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
+from faulty_proxy import Bucket, FaultyProxy, S3Server
 from torch import nn
 
 from examples.photographs import (
@@ -18,6 +20,7 @@ from examples.photographs import (
     write_shard,
 )
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
+from spark_nsfw import storage as storage_module
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -65,6 +68,26 @@ def spark(weights_cache):
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    pytest.importorskip("moto")
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """An empty bucket of a real S3 server, behind a proxy that breaks down on request."""
+    name = f"bucket-{uuid.uuid4()}"
+    s3_server.create_bucket(name)
+    with FaultyProxy(s3_server.url) as proxy:
+        for variable, value in s3_server.environment(proxy.url).items():
+            monkeypatch.setenv(variable, value)
+        storage_module._filesystem.cache_clear()
+        yield Bucket(f"s3://{name}", proxy)
+    storage_module._filesystem.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""A session on Spark's local-cluster: executors that are processes, with a pretended GPU each.
+"""A session on Spark's local-cluster: executors that are processes, with a simulated GPU each.
 
-``python kill_rounds.py DIRECTORY DETECTOR ROUNDS SEED`` runs what `test_kills` asks for and prints
+``python kill_rounds.py DIRECTORY DETECTOR KILLS SEED`` runs what `test_kills` asks for and prints
 JSON; it is a process of its own, since a process has one SparkContext.
 """
 
@@ -108,24 +108,23 @@ def victims(kind: str) -> list[psutil.Process]:
     return found
 
 
-def kill_one(kind: str, delay: float, draw: random.Random, done: threading.Event) -> str:
-    """SIGKILL one of them after a delay, as soon as there is one."""
-    done.wait(delay)
-    while not done.is_set():
+def kill_now_and_then(
+    kind: str, most: int, draw: random.Random, done: threading.Event, killed: list[str]
+) -> None:
+    """SIGKILL one of them at random moments, until the run is done or enough are dead."""
+    while len(killed) < most and not done.wait(draw.uniform(0.3, 3)):
         alive = victims(kind)
         if alive:
             victim = draw.choice(alive)
             os.kill(victim.pid, signal.SIGKILL)
-            return f"{kind} {victim.pid} after {delay:.2f} s"
-        time.sleep(0.02)
-    return ""
+            killed.append(f"{kind} {victim.pid}")
 
 
 def main() -> None:
     directory, detector = Path(sys.argv[1]), sys.argv[2]
-    num_rounds, draw = int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    num_kills, draw = int(sys.argv[3]), random.Random(int(sys.argv[4]))
     spark = start(directory)
-    write_photograph_shards(directory / "in", num_shards=8, samples_per_shard=6)
+    write_photograph_shards(directory / "in", num_shards=24, samples_per_shard=4)
     inputs = ShardInputs.parse(str(directory / "in"))
     classifier = CountingClassifier(model_path=detector)
     classifier.directory = directory / "loads"
@@ -134,11 +133,11 @@ def main() -> None:
 
     def run(output: Path, plan: str) -> None:
         score_into(
-            spark, inputs, output, embedder, plan=plan, shards_per_wave=4, device="cpu",
+            spark, inputs, output, embedder, plan=plan, shards_per_wave=8, device="cpu",
             report=lambda _: None,
         )  # fmt: skip
 
-    report = {"devices": devices(spark), "loads": {}, "rounds": [], "unequal": []}
+    report = {"devices": devices(spark), "loads": {}, "rounds": [], "killed": [], "unequal": []}
     for plan in ("dataframe", "fused"):
         before = set(classifier.directory.iterdir())
         run(directory / plan, plan)
@@ -148,27 +147,25 @@ def main() -> None:
     report["num_rows"] = len(expected)
     report["plans_agree"] = expected == rows_of(spark, directory / "dataframe")
 
-    for number in range(num_rounds):
-        kind, plan = ("worker", "executor")[number % 2], ("fused", "dataframe")[number // 2 % 2]
-        output = directory / f"round{number}"
-        done = threading.Event()
-        killed: list[str] = []
-        killer = threading.Thread(
-            target=lambda kind=kind, done=done, killed=killed: killed.append(
-                kill_one(kind, draw.uniform(0, 4), draw, done)
-            )
-        )
-        killer.start()
-        try:
-            run(output, plan)
-        except JobError as exc:
-            killed.append(f"needed a rerun: {exc}")
-            run(output, plan)
-        done.set()
-        killer.join()
-        report["rounds"].append(killed)
-        if rows_of(spark, output) != expected:
-            report["unequal"].append(number)
+    for kind in ("worker", "executor"):
+        for plan in ("fused", "dataframe"):
+            killed: list[str] = []
+            while len(killed) < num_kills // 4:
+                output = directory / f"round{len(report['rounds'])}"
+                done = threading.Event()
+                given = kind, num_kills // 4, draw, done, killed
+                killer = threading.Thread(target=kill_now_and_then, args=given)
+                killer.start()
+                try:
+                    run(output, plan)
+                except JobError:
+                    run(output, plan)
+                done.set()
+                killer.join()
+                report["rounds"].append(f"{plan} {kind}")
+                if rows_of(spark, output) != expected:
+                    report["unequal"].append(report["rounds"][-1])
+            report["killed"] += killed
     print("REPORT" + json.dumps(report))
     spark.stop()
 

@@ -14,10 +14,11 @@ from pyspark.sql import SparkSession
 from scoring import score_into
 
 from examples.photographs import write_photograph_shards
-from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
+from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.reader import read_samples, shard_paths
-from spark_nsfw.spark.udf import score_samples, score_shards
+from spark_nsfw.read.shards import ShardSource
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.plans import metadata_rows
 
 PLUGIN = "com.nvidia:rapids-4-spark_2.13:26.08.1"
 
@@ -104,16 +105,16 @@ def main(directory, detector):
     print("job: done", file=sys.stderr, flush=True)
 
     explain = spark._jvm.com.nvidia.spark.rapids.ExplainPlan.explainPotentialGpuPlan
-    paths = shard_paths(spark, inputs)
-    samples = read_samples(paths, inputs, SampleOptions())
-    explained = {
-        "fused": explain(score_shards(paths, inputs, SampleOptions(), embedder)._jdf, "ALL"),
-        "dataframe": explain(score_samples(samples, embedder)._jdf, "ALL"),
-    }
+    source = ShardSource(inputs)
+    units, recipe = source.units(), Recipe.of(embedder).ready(device="cpu")
+
+    def told(plan, *own):
+        rows = metadata_rows(spark, units, source, recipe, source.schema(own), plan)
+        return explain(rows._jdf, "ALL")
+
+    explained = {plan: told(plan) for plan in ("fused", "dataframe")}
     for name, data_type in COLUMN_TYPES.items():
-        options = SampleOptions(passthrough=(pa.field("column", data_type),))
-        scored = score_shards(paths, inputs, options, embedder)
-        explained[f"column {name}"] = explain(scored._jdf, "ALL")
+        explained[f"column {name}"] = told("fused", pa.field("column", data_type))
 
     known = registered_keys(spark)
     report = {

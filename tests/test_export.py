@@ -33,6 +33,7 @@ from spark_nsfw.errors import InputError, JobError, StorageError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.spark.export import export_metadata
+from spark_nsfw.spark.output import ParquetOutput
 from spark_nsfw.use import tar_writer
 from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
 from spark_nsfw.use.tar_writer import write_output_shard

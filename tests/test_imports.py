@@ -13,8 +13,10 @@ PACKAGE = Path(spark_nsfw.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: Floors from the ground up; nothing imports upwards, not even for annotations.
-FLOORS = [["errors", "schema", "storage", "note", "ownership"], ["read"], ["score"], ["use"], ["spark"],
-          ["dataset"], ["cli"]]  # fmt: skip
+FLOORS = [
+    ["errors", "schema", "storage", "note", "ownership"],
+    ["read"], ["score"], ["use"], ["spark"], ["dataset"], ["cli"],
+]  # fmt: skip
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 CORE = [
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts)

@@ -1,15 +1,21 @@
-"""A cluster of processes, some of which are killed: the rows stay the same."""
+"""Processes that are killed, and runs side by side: the rows stay the same."""
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import kill_driver
+import pyspark
 import pytest
+from kill_driver import Gate
+from pyspark import cloudpickle
+from scoring import score_into
 from test_job import arguments
 from test_spark import collected
 
@@ -17,13 +23,16 @@ from examples.photographs import write_photograph_shards
 from spark_nsfw.cli import main
 
 SEED = 20
-CLUSTER_ROUNDS = 14
-DRIVER_KILLS = 6
+CLUSTER_KILLS = 20
+
+pytestmark = pytest.mark.cluster
 
 
 def environment():
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYSPARK_GATEWAY")}
-    return kept | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    here = Path(__file__)
+    places = [Path(pyspark.__file__).parents[1], here.parents[1], here.parent]
+    return kept | {"PYTHONPATH": os.pathsep.join(map(str, places))}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def report(tmp_path_factory, detector_path):
     script = Path(__file__).with_name("kill_rounds.py")
     command = [sys.executable, str(script), str(directory), detector_path]
     done = subprocess.run(
-        [*command, str(CLUSTER_ROUNDS), str(SEED)],
+        [*command, str(CLUSTER_KILLS), str(SEED)],
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT")]
@@ -55,39 +64,88 @@ def test_a_slot_loads_one_model_and_no_more(report):
 
 
 def test_killed_workers_and_executors_change_no_row(report):
-    assert report["num_rows"] == 48
+    assert report["num_rows"] == 96
     assert report["plans_agree"]
-    kills = [line for round_ in report["rounds"] for line in round_ if "after" in line]
-    assert len(kills) >= CLUSTER_ROUNDS - 4  # a run can be faster than its killer
-    assert {line.split()[0] for line in kills} == {"worker", "executor"}
+    assert len(report["killed"]) == CLUSTER_KILLS
+    assert {line.split()[0] for line in report["killed"]} == {"worker", "executor"}
+    assert {*report["rounds"]} == {
+        f"{plan} {kind}" for plan in ("fused", "dataframe") for kind in ("worker", "executor")
+    }
     assert report["unequal"] == []
 
 
-def test_a_killed_driver_changes_no_row(spark, tmp_path, detector_path):
-    write_photograph_shards(tmp_path / "in", num_shards=10, samples_per_shard=4)
-    given = arguments(tmp_path / "in", tmp_path / "out", detector_path)
-    given += ["--plan=fused", "--shards-per-wave=1"]
-    command = [sys.executable, "-m", "spark_nsfw.cli", "score", *given]
-    draw = random.Random(SEED)
-    waves, kills = tmp_path / "out" / "_spark_nsfw" / "checkpoint" / "offsets", 0
-    for _ in range(DRIVER_KILLS):
-        begun = len(list(waves.glob("[0-9]*"))) if waves.exists() else 0
+@pytest.fixture(scope="module")
+def four_shards(spark, tmp_path_factory, detector_path):
+    """Shards, and the rows of a run that nobody disturbs."""
+    directory = tmp_path_factory.mktemp("four")
+    write_photograph_shards(directory / "in", num_shards=4, samples_per_shard=3)
+    cloudpickle.register_pickle_by_value(kill_driver)
+    calm = kill_driver.embedder(detector_path, Gate())
+    score_into(spark, str(directory / "in"), directory / "calm", calm, plan="fused")
+    yield directory / "in", collected(spark.read.parquet(str(directory / "calm")))
+    cloudpickle.unregister_pickle_by_value(kill_driver)
+
+
+def commits(output, algorithm):
+    """Tasks that a run has committed: published at once, or set aside for the driver."""
+    if algorithm == "2":
+        return len(list(output.glob("shard=0*/part-*.parquet")))
+    return len(list(output.glob("_temporary/*/task_*")))
+
+
+@pytest.mark.parametrize("algorithm", ["1", "2"])
+def test_a_driver_that_is_killed_after_any_commit_changes_no_row(
+    spark, four_shards, detector_path, tmp_path, monkeypatch, algorithm
+):
+    shards, expected = four_shards
+
+    def run_and_kill(limit):
+        calls, output = tmp_path / f"calls{limit}", tmp_path / f"out{limit}"
+        calls.mkdir()
+        script = [sys.executable, kill_driver.__file__, str(shards), str(output), detector_path]
         process = subprocess.Popen(
-            command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        while process.poll() is None and not (
-            waves.exists() and len(list(waves.glob("[0-9]*"))) > begun
-        ):
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 1.5))
-        if process.poll() is None:
-            kills += 1
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills >= DRIVER_KILLS - 2
-    assert main(["score", *given]) == 0
-    undisturbed = arguments(tmp_path / "in", tmp_path / "undisturbed", detector_path)
-    assert main(["score", *undisturbed, "--plan=fused"]) == 0
+            [*script, str(calls), str(limit), algorithm],
+            env=environment(), stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            while process.poll() is None and not (
+                len(list(calls.iterdir())) > min(limit, 3) and commits(output, algorithm) == limit
+            ):
+                time.sleep(0.005)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return commits(output, algorithm)
+
+    with ThreadPoolExecutor(2) as pool:
+        reached = list(pool.map(run_and_kill, range(5)))
+    assert reached[:4] == [0, 1, 2, 3]
+    monkeypatch.setattr(
+        "spark_nsfw.spark.output.committer_of", kill_driver.committing_by(algorithm)
+    )
+    for limit in range(5):
+        calm = kill_driver.embedder(detector_path, Gate())
+        output = tmp_path / f"out{limit}"
+        score_into(spark, str(shards), output, calm, plan="fused", report=lambda _: None)
+        assert collected(spark.read.parquet(str(output))) == expected, limit
+
+
+def test_two_commands_side_by_side_both_end_well(spark, four_shards, tmp_path, detector_path):
+    shards, _ = four_shards
+    given = arguments(shards, tmp_path / "out", detector_path)
+    command = [sys.executable, "-m", "spark_nsfw.cli", "score", *given, "--plan=fused"]
+    processes = []
+    for _ in range(2):
+        processes.append(
+            subprocess.Popen([*command, "--shards-per-wave=1"], env=environment(),
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        )  # fmt: skip
+        time.sleep(1.5)
+    said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    alone = arguments(shards, tmp_path / "alone", detector_path)
+    assert main(["score", *alone, "--plan=fused"]) == 0
     rows = collected(spark.read.parquet(str(tmp_path / "out")))
-    assert len(rows) == 40
-    assert rows == collected(spark.read.parquet(str(tmp_path / "undisturbed")))
+    assert len(rows) == 12
+    assert rows == collected(spark.read.parquet(str(tmp_path / "alone")))

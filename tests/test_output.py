@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -225,16 +226,20 @@ def test_an_output_of_version_0_1_0_is_continued(spark, inputs, finished, output
 # --- Two runs at once -----------------------------------------------------------------
 
 
-def test_two_runs_side_by_side_cost_work_and_no_rows(spark, inputs, finished, embedder, tmp_path):
+@pytest.mark.parametrize("delay_seconds", [0, 0.3, 1, 2])
+def test_two_runs_side_by_side_cost_work_and_no_rows(
+    spark, inputs, finished, embedder, tmp_path, delay_seconds
+):
     errors = []
 
-    def run():
+    def run(delay):
+        time.sleep(delay)
         try:
             score(spark, inputs, tmp_path / "out", embedder, shards_per_wave=2)
         except BaseException as exc:
             errors.append(exc)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=[delay]) for delay in (0, delay_seconds)]
     for thread in threads:
         thread.start()
     for thread in threads:

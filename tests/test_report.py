@@ -254,7 +254,7 @@ def test_a_page_that_cannot_be_drawn_leaves_the_older_one(labelled, tmp_path, mo
     write_page(str(path), report_data(labelled[0]))
     before = path.read_bytes()
     refuse_page_file(str(path), [])
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         write_page(str(path), report_data(labelled[0], num_by_status=None))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"report.html": before}
 

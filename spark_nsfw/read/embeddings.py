@@ -187,7 +187,7 @@ class EmbeddingSource:
     def _read(self, file: EmbeddingFile) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
         """Rows, and their embeddings as lists of any float type."""
         with open_input(file.parquet) as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
             needed = {self.id_col, *([self.embedding_column] if file.npy is None else [])}
             missing = needed - set(parquet.schema_arrow.names)
             if missing:

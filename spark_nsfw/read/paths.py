@@ -112,8 +112,8 @@ class ShardInputs:
         places = [path.rstrip("/") for path in paths if not is_pattern(path)]
         if not places:
             return
+        resolved = [resolve(f"{self.filesystem}{place or '/'}") for place in places]
         try:
-            resolved = [resolve(f"{self.filesystem}{place or '/'}") for place in places]
             infos = resolved[0][0].get_file_info([path for _, path in resolved])
         except OSError as exc:
             raise StorageError(f"{self.filesystem}{places[0]} cannot be listed: {exc}") from exc

@@ -62,7 +62,8 @@ class Sidecar:
         except FileNotFoundError:
             return None
         try:  # from memory, where an OSError is pyarrow's word for a damaged file
-            return cls(pq.read_table(pa.BufferReader(content)), id_col, captions)
+            parquet = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+            return cls(parquet.read(), id_col, captions)
         except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
             raise ShardUnreadableError(f"{url}: {exc}") from exc
 
