@@ -180,7 +180,7 @@ def _list_matches(pattern: str) -> dict[str, float]:
     """Path → time of change of the shards that a glob or a range names.
 
     Raises:
-        NothingToReadError: there are none, or none of one of the names in braces.
+        NothingToReadError: there are none, or none of one name in a range.
     """
     wanted = PathPattern(_below_root(pattern))
     url = _split(pattern)[0] + _root(pattern)

@@ -1,12 +1,16 @@
 """Globs, brace ranges and alternatives, matched against listed paths.
 
 ``bracex`` expands braces, ``wcmatch`` reads globs, both segment by segment: a range of
-10,000 names is a set to look names up in, and two ranges in one path stay two sets.
+10,000 names is a table to look names up in, and two ranges in one path stay two tables.
+
+A range names its files: each one has to be there. Alternatives such as ``{a,b}`` are a
+glob, as to Spark: one of them is enough.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 
@@ -15,11 +19,12 @@ from wcmatch import fnmatch
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["PathPattern", "expand_braces", "is_pattern", "refuse_backwards"]
+__all__ = ["PathPattern", "expand_braces", "expand_ranges", "is_pattern", "refuse_backwards"]
 
 _PATTERN_CHARACTER = re.compile(r"[*?\[{]")
 _GLOB_CHARACTER = re.compile(r"[*?\[\\]")
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?\}")
+_RANGE_TEXT = r"\{-?\d+\.\.-?\d+(?:\.\.-?\d+)?\}"
+_RANGE = re.compile(_RANGE_TEXT)
 
 #: Which names are hidden is not for a glob to decide.
 _GLOB_FLAGS = fnmatch.DOTMATCH | fnmatch.CASE | fnmatch.FORCEUNIX
@@ -39,9 +44,10 @@ def refuse_backwards(pattern: str) -> None:
     Raises:
         InputError: names the range.
     """
-    for match in _RANGE.finditer(pattern):
-        if int(match[1]) > int(match[2]):
-            raise InputError(f"{pattern}: the range {match[0]} runs backwards")
+    for piece in _RANGE.findall(pattern):
+        first, last, *_ = piece[1:-1].split("..")
+        if int(first) > int(last):
+            raise InputError(f"{pattern}: the range {piece} runs backwards")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -56,9 +62,28 @@ def expand_braces(pattern: str) -> list[str]:
     try:
         return [str(name) for name in bracex.expand(pattern, keep_escapes=True, limit=_MAX_NAMES)]
     except bracex.ExpansionLimitException as exc:
-        raise InputError(
-            f"{pattern} stands for more than {_MAX_NAMES:,} names: give a directory or a glob"
-        ) from exc
+        raise _too_many(pattern) from exc
+
+
+def _too_many(pattern: str) -> InputError:
+    return InputError(
+        f"{pattern} stands for more than {_MAX_NAMES:,} names: give a directory or a glob"
+    )
+
+
+def expand_ranges(pattern: str) -> list[str]:
+    """Expand ranges only: ``{a,b}/{08..10}`` → ``{a,b}/08``, ``{a,b}/09``, ``{a,b}/10``.
+
+    Raises:
+        InputError: as for `expand_braces`.
+    """
+    parts = [
+        expand_braces(part) if _RANGE.fullmatch(part) else [part]
+        for part in re.split(f"({_RANGE_TEXT})", pattern)
+    ]
+    if math.prod(map(len, parts)) > _MAX_NAMES:
+        raise _too_many(pattern)
+    return ["".join(choice) for choice in itertools.product(*parts)]
 
 
 class PathPattern:
@@ -74,61 +99,75 @@ class PathPattern:
 
     def __init__(self, pattern: str) -> None:
         segments = [segment for segment in _split_outside_braces(pattern) if segment]
+        #: Ways through the segments, each with the expansion that it is of if it is of one.
+        self._routes: list[tuple[str | None, list[_Segment]]] = [
+            (None, [_Segment(segment) for segment in segments])
+        ]
         if any("/" in segment for segment in segments):  # rare: {a/b,c}/d
-            expansions = [[[name] for name in path.split("/")] for path in expand_braces(pattern)]
-        else:
-            expansions = [[expand_braces(segment) for segment in segments]]
-        self._routes = [[_Segment(names) for names in route] for route in expansions]
+            self._routes = [
+                (expansion, [_Segment(name) for name in path.split("/")])
+                for expansion in expand_ranges(pattern)
+                for path in expand_braces(expansion)
+            ]
 
-    def matches(self, path: str) -> list[str]:
-        """The expansions of the braces that match a path or a directory above it."""
+    def matches(self, path: str) -> set[str]:
+        """The expansions of the ranges that match a path or a directory above it."""
         names = path.split("/")
-        return ["/".join(match) for route in self._routes for match in _walk(route, names)]
+        return {
+            expansion or "/".join(match)
+            for expansion, route in self._routes
+            for match in _walk(route, names)
+        }
 
     def may_match_below(self, directory: str) -> bool:
         """Whether some path in this directory could match."""
         names = directory.split("/") if directory else []
-        return any(_may_match(route, names) for route in self._routes)
+        return any(_may_match(route, names) for _, route in self._routes)
 
     def first_missing(self, matched: Collection[str]) -> str | None:
-        """The first expansion of the braces that is not among those that matched."""
-        choices = (itertools.product(*(each.texts for each in route)) for route in self._routes)
-        expansions = ("/".join(names) for names in itertools.chain.from_iterable(choices))
-        return next((text for text in expansions if text not in matched), None)
+        """The first expansion of the ranges that is not among those that matched."""
+        for expansion, route in self._routes:
+            choices = itertools.product(*(segment.expansions for segment in route))
+            for text in [expansion] if expansion else map("/".join, choices):
+                if text not in matched:
+                    return text
+        return None
 
 
 class _Segment:
-    """One segment of a path, in all expansions of its braces.
+    """One segment of a path, in all expansions of its ranges and alternatives.
 
     Expansions share their tails: of ``part-{0000..9999}-*.tar`` only ``*.tar`` is matched as
     a glob, once, and what stands before it is looked up.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
-        self.is_any_depth = list(texts) == ["**"]
-        self._plain: set[str] = set()
-        self._heads_by_tail: dict[str, set[str]] = {}
-        for text in texts:
-            match = _GLOB_CHARACTER.search(text)
-            if match is None:
-                self._plain.add(text)
-            else:
-                head, tail = text[: match.start()], text[match.start() :]
-                self._heads_by_tail.setdefault(tail, set()).add(head)
+    def __init__(self, segment: str) -> None:
+        self.is_any_depth = segment == "**"
+        self.expansions = expand_ranges(segment)
+        plain: dict[str, list[str]] = {}
+        heads_of: dict[str, dict[str, list[str]]] = {}
+        for expansion in self.expansions:
+            for text in expand_braces(expansion):
+                match = _GLOB_CHARACTER.search(text)
+                if match is None:
+                    plain.setdefault(text, []).append(expansion)
+                else:
+                    heads = heads_of.setdefault(text[match.start() :], {})
+                    heads.setdefault(text[: match.start()], []).append(expansion)
+        self._plain = plain
         self._globs = [
-            (tail, _compiled(tail), heads, sorted({len(head) for head in heads}))
-            for tail, heads in self._heads_by_tail.items()
+            (_compiled(tail), heads, sorted({len(head) for head in heads}))
+            for tail, heads in heads_of.items()
         ]
 
     def matches(self, name: str) -> Iterator[str]:
-        """The expansions that match a name."""
-        if name in self._plain:
-            yield name
-        for tail, expression, heads, lengths in self._globs:
+        """The expansions of the ranges that match a name."""
+        yield from self._plain.get(name, ())
+        for expression, heads, lengths in self._globs:
             for length in lengths:
-                if name[:length] in heads and expression.match(name[length:]):
-                    yield name[:length] + tail
+                expansions = heads.get(name[:length])
+                if expansions and expression.match(name[length:]):
+                    yield from expansions
 
 
 def _compiled(glob: str) -> re.Pattern[str]:
