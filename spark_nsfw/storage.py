@@ -127,7 +127,7 @@ def open_input(url: str) -> BinaryIO:
     there; the pauses grow, `RETRY_SECONDS`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         StorageError: it cannot be opened or read now, network, permission or disk; raised
             by reads, too.
         InputError: no filesystem for this kind of URL.
@@ -150,6 +150,8 @@ class _RetryingFile(io.RawIOBase):
 
     def _open(self) -> int:
         filesystem, path = resolve(self.url)
+        if self.is_local and os.path.isdir(path):  # pyarrow's error is one of any kind
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", path)
         file = filesystem.open_input_file(path)
         size = int(file.size())
         if self._size not in (-1, size):
@@ -479,9 +481,12 @@ def is_below(url: str, directory: str) -> bool:
 
 
 def path_below(url: str, directory: str) -> str | None:
-    """The path from a directory to what is below it, empty for itself; None where it is not."""
-    path, above = _real(url), _real(directory)
-    return path[len(above) :].rstrip("/") if path.startswith(above) else None
+    """The path of one place below another, empty if they are one; None if it is not below.
+
+    Links are followed; no store is asked.
+    """
+    place, root = _real(url), _real(directory)
+    return place[len(root) :].rstrip("/") if place.startswith(root) else None
 
 
 def _real(url: str) -> str:

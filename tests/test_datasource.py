@@ -12,7 +12,6 @@ from spark_nsfw import read_webdataset, register_webdataset, score_samples
 from spark_nsfw.errors import InputError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.datasource import WebDatasetSource
-from spark_nsfw.spark.reader import list_shards
 
 HAS_SOURCES = pyspark.__version__ >= "4"
 needs_sources = pytest.mark.skipif(not HAS_SOURCES, reason="needs Spark 4 or later")
@@ -79,12 +78,11 @@ def test_keys_alone_read_no_image(tmp_path, reader, option):
 
 @needs_sources
 def test_a_reader_of_keys_hands_no_image_to_arrow(shards):
-    inputs = ShardInputs.parse(shards)
     reader = WebDatasetSource({"path": str(shards)}).reader(StructType().add("key", "string"))
     batches = [batch for part in reader.partitions() for batch in reader.read(part)]
     assert {tuple(batch.schema.names) for batch in batches} == {("key",)}
     assert sum(batch.nbytes for batch in batches) < 10_000
-    assert sum(os.path.getsize(path) for path in inputs.list_paths()) > 1_000_000
+    assert sum(os.path.getsize(path) for path in listed_by_us(shards)) > 1_000_000
 
 
 @needs_sources
@@ -109,24 +107,41 @@ def test_what_cannot_be_is_said(shards, reader, options, path, message):
         reader(**options).load(str(shards / path)).collect()
 
 
+def listed_by_spark(spark, pattern):
+    """What Spark's own source of files finds for a directory or a glob."""
+    files = spark.read.format("binaryFile").options(
+        pathGlobFilter="*.tar", recursiveFileLookup="true"
+    )
+    return sorted(path.removeprefix("file://") for path in files.load(str(pattern)).inputFiles())
+
+
+def listed_by_us(pattern):
+    return sorted(unit.place for unit in ShardInputs.parse(str(pattern)).list_units())
+
+
 @pytest.mark.parametrize(
-    "pattern", ["", "0000[01].tar", "{00001..00003}.tar", "odd", "*/*.tar", "{odd,none}", "0*"]
+    ("pattern", "for_spark"),
+    [
+        *((same, same) for same in ["", "0000[01].tar", "odd", "*/*.tar", "{odd,none}", "0*"]),
+        ("0000[!0].tar", "0000[^0].tar"),
+        ("{odd/00000,00001}.tar", "{odd/00000,00001}.tar"),
+        ("{00001..00003}.tar", "{00001,00002,00003}.tar"),
+    ],
 )
-def test_pyarrow_lists_the_shards_that_spark_lists(spark, shards, pattern):
-    inputs = ShardInputs.parse(str(shards / pattern))
-    expected = [path.removeprefix("file:") for path in list_shards(spark, inputs)]
-    assert inputs.list_paths() == expected
+def test_we_list_the_shards_that_spark_lists(spark, shards, pattern, for_spark):
+    found = listed_by_us(shards / pattern)
+    assert found == listed_by_spark(spark, shards / for_spark)
+    assert found
 
 
 @pytest.mark.parametrize("pattern", ["none", "*.gone", "{00000..00009}.tar"])
-def test_pyarrow_refuses_what_spark_refuses(shards, pattern):
+def test_we_refuse_what_is_not_there(shards, pattern):
     with pytest.raises(InputError, match="does not exist, or has no shard"):
-        ShardInputs.parse(str(shards / pattern)).list_paths()
+        listed_by_us(shards / pattern)
 
 
 def test_hidden_files_are_no_shards(spark, tmp_path):
     for name in ["a", ".b", "_c", "_d/x", ".e/x", "_f=1/x"]:
         write_shard(tmp_path / f"{name}.tar", [("0", [("jpg", b"x")])])
-    inputs = ShardInputs.parse(tmp_path)
-    expected = [path.removeprefix("file:") for path in list_shards(spark, inputs)]
-    assert inputs.list_paths() == expected == [f"{tmp_path}/_f=1/x.tar", f"{tmp_path}/a.tar"]
+    assert listed_by_us(tmp_path) == [f"{tmp_path}/_f=1/x.tar", f"{tmp_path}/a.tar"]
+    assert listed_by_us(tmp_path) == listed_by_spark(spark, tmp_path)

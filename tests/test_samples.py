@@ -192,6 +192,19 @@ def test_types_that_spark_lacks_widen(tmp_path, array, expected):
     assert row["value"] == expected
 
 
+def test_a_column_that_is_named_like_our_note_does_not_make_a_sidecar_ours(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"uid": "q"}))
+    sidecar = pd.DataFrame(
+        {"uid": ["q"], "key": ["theirs"], "status": ["success"], "spark_nsfw_old": [0.5]}
+    )
+    sidecar.to_parquet(tmp_path / "s.parquet")  # the footer names every column
+    assert b"spark_nsfw" in b"".join(pq.read_schema(tmp_path / "s.parquet").metadata.values())
+    (row,) = rows(tmp_path / "s.tar", id_col="uid")
+    assert (row["key"], row["status"]) == ("0", "ok")
+    assert (row["source_key"], row["source_status"]) == ("theirs", "success")
+    assert (row["uid"], row["spark_nsfw_old"]) == ("q", 0.5)
+
+
 def test_a_damaged_sidecar_costs_no_sample_and_says_so(tmp_path):
     write_shard(tmp_path / "s.tar", described({"a": 1}))
     fields = tuple(infer_passthrough(str(tmp_path / "s.tar"), "key"))

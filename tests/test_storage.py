@@ -122,6 +122,8 @@ def test_a_missing_file_is_told_at_once(s3, tmp_path):
     for url in (f"{s3.url}/none.tar", str(tmp_path / "none.tar"), str(tmp_path / "no" / "none")):
         with pytest.raises(FileNotFoundError):
             open_input(url)
+    with pytest.raises(IsADirectoryError):
+        open_input(str(tmp_path))
     assert time.monotonic() - started < 0.4  # less than the first pause
 
 
