@@ -1,7 +1,8 @@
 """How long do slots wait at the ends of waves? ``python -m benchmarks.waves``.
 
 The job runs over uneven shards, one of them ten times as long as the rest, in waves of
-different sizes. Spark's event log is the timeline: a slot is busy while a task runs in it.
+different sizes, the default last. Spark's event log is the timeline: a slot is busy while a
+task runs in it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from benchmarks.table import report
 from examples.photographs import encode, photographs, write_shard
 from spark_nsfw import TimmImageEmbedder
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import JobOptions, num_slots, run_job
+from spark_nsfw.read.shards import ShardSource
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.cluster import num_slots
+from spark_nsfw.spark.job import JobOptions, run_job
 
 
 def write_uneven_shards(directory: Path, num_shards: int) -> int:
@@ -52,7 +56,7 @@ def busy_seconds(log: Path, since: float, until: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=128)
     parser.add_argument("--per-wave", type=int, nargs="*", default=[4, 16, 64, 128])
     options = parser.parse_args()
@@ -72,10 +76,11 @@ def main() -> None:
         spark.sparkContext.setLogLevel("OFF")
         directory = Path(folder) / "in"
         num_images = write_uneven_shards(directory, options.shards)
-        inputs = ShardInputs.parse(str(directory))
+        source = ShardSource(ShardInputs.parse(str(directory)))
         embedder = TimmImageEmbedder("test_vit", embedding_size=768)
+        recipe = Recipe.of(embedder, device="cpu")
         spans = []
-        for number, per_wave in enumerate([options.shards, *options.per_wave]):
+        for number, per_wave in enumerate([options.shards, *options.per_wave, None]):
             marks: list[float] = []
 
             def mark(line: str, marks: list[float] = marks) -> None:
@@ -83,8 +88,8 @@ def main() -> None:
 
             started = time.time()
             run_job(
-                spark, inputs, str(Path(folder) / f"out{number}"), embedder,
-                options=JobOptions(plan="fused", shards_per_wave=per_wave), report=mark,
+                spark, source, recipe, str(Path(folder) / f"out{number}"),
+                JobOptions(plan="fused", shards_per_wave=per_wave), mark,
             )  # fmt: skip
             spans.append((per_wave, len(marks), started, marks[-1]))
         slots = num_slots(spark)
@@ -93,9 +98,9 @@ def main() -> None:
             "waves",
             [
                 {
-                    "shards per wave": per_wave,
+                    "shards per wave": per_wave or "default",
                     "waves": waves,
-                    "shards per slot and wave": per_wave / slots,
+                    "shards per slot and wave": options.shards / waves / slots,
                     "images/s": num_images / (until - since),
                     "slots busy": busy_seconds(log, since, until) / (slots * (until - since)),
                 }

@@ -3,13 +3,13 @@
 # MAGIC # Find NSFW images with spark_nsfw
 # MAGIC
 # MAGIC Scores WebDataset shards in a Volume, or a table with a column of images: CLIP ViT-L/14,
-# MAGIC then LAION's NSFW detector, 0 to 1 with 1 = NSFW. Run it from the top; what to score and
-# MAGIC where the results go is asked for in the widgets. It wants classic compute, not serverless;
-# MAGIC cluster settings are in `docs/databricks.md`.
+# MAGIC then LAION's NSFW detector, 0 to 1 with 1 = NSFW. Run it from the top; the widgets ask what
+# MAGIC to score and where the results go. It needs classic compute, not serverless; cluster
+# MAGIC settings are in `docs/databricks.md`.
 
 # COMMAND ----------
 
-# MAGIC %pip install /Volumes/main/default/spark_nsfw/spark_nsfw-0.1.0-py3-none-any.whl
+# MAGIC %pip install /Volumes/main/default/spark_nsfw/spark_nsfw-0.2.0-py3-none-any.whl
 
 # COMMAND ----------
 
@@ -50,7 +50,8 @@ if not Path(models, "SHA256SUMS").exists():
 # MAGIC Shards are read and scored in one Python worker, and give the columns `shard`, `key`, the
 # MAGIC dataset's own, `status`, `error_message`, `image_embedding` and `nsfw_score`. A table needs
 # MAGIC a binary column `image` with encoded images; its other columns stay. An image that cannot
-# MAGIC be scored keeps its row, and `status` says why.
+# MAGIC be scored keeps its row, and `status` says why. Shards that go into a directory are written
+# MAGIC in waves: after an interruption run the cell again, and it continues.
 
 # COMMAND ----------
 
@@ -65,16 +66,14 @@ embedder = TimmImageEmbedder(
     classifiers=[NsfwClassifier(models_dir=models)],
 )
 if "/" in source:
-    metadata = embedder(ImageTextPairDataset.from_webdataset(source, spark=spark)).metadata
+    dataset = embedder(ImageTextPairDataset.from_webdataset(source, spark=spark))
+if "/" in source and "/" in scores:
+    dataset.save_metadata(scores)
 else:
-    metadata = score_samples(spark.table(source), embedder)
-
-if "/" in scores:
-    metadata.write.mode("overwrite").parquet(scores)
-    scored = spark.read.parquet(scores)
-else:
-    metadata.write.mode("overwrite").saveAsTable(scores)
-    scored = spark.table(scores)
+    metadata = dataset.metadata if "/" in source else score_samples(spark.table(source), embedder)
+    rows = metadata.write.mode("overwrite")
+    rows.parquet(scores) if "/" in scores else rows.saveAsTable(scores)
+scored = spark.read.parquet(scores) if "/" in scores else spark.table(scores)
 
 # COMMAND ----------
 
@@ -112,7 +111,7 @@ display(scored.where("nsfw_score is not null").select(*kept))
 
 # MAGIC %md
 # MAGIC ## Keep
-# MAGIC Images without a score are left out: what could not be looked at is not known to be safe.
+# MAGIC Images without a score are left out: nobody knows whether they are safe.
 
 # COMMAND ----------
 

@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.files import files_digest
 from spark_nsfw.note import merged_note, refuse_another_note, same_note
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import SampleOptions, ShardSource
@@ -27,7 +28,6 @@ from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
 from spark_nsfw.spark.units import sample_rows
 from spark_nsfw.spark.worker import device_kind
-from spark_nsfw.storage import files_digest
 from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
 from spark_nsfw.use.sidecars import move_beside_shards

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.storage import list_files, open_input
+from spark_nsfw.files import list_files
+from spark_nsfw.storage import open_input
 
 __all__ = [
     "PROVENANCE",

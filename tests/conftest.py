@@ -62,6 +62,12 @@ def spark(weights_cache):
         .appName("tests")
         .config("spark.ui.enabled", "false")
         .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.python.daemon.module", "spark_nsfw.spark.daemon")
+        # Short queries, each seen once: better to run them than to optimise their bytecode.
+        .config(
+            "spark.driver.extraJavaOptions",
+            "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
+        )
         .config("spark.sql.session.timeZone", "UTC")
         .getOrCreate()
     )

@@ -11,12 +11,8 @@ from object_store import s3, s3_endpoint  # noqa: F401
 
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, StorageError
-from spark_nsfw.ownership import (
-    delete_our_files,
-    refuse_foreign_metadata,
-    refuse_overlap,
-    write_whole,
-)
+from spark_nsfw.files import write_file
+from spark_nsfw.ownership import delete_our_files, refuse_overlap
 from spark_nsfw.use.export_output import new_file
 
 
@@ -73,32 +69,6 @@ def test_an_output_overlaps_on_an_object_store_under_any_of_its_names(s3):  # no
     refuse_overlap(f"s3://{s3.bucket}/shards2", [f"s3a://{s3.bucket}/shards/"])
 
 
-@pytest.mark.parametrize(
-    ("names", "refused"),
-    [
-        ([], None),
-        (["_spark_nsfw/checkpoint/offsets/0"], None),
-        (["shard=__schema__/part-0.parquet", "shard=00000/part-0.parquet", "_SUCCESS"], None),
-        (["shard=00000/part-0.parquet"], "shard=00000"),
-        (["shard=__schema__/part-0.parquet", "thesis.tex"], "thesis.tex"),
-        ([".git/config"], ".git"),
-    ],
-)
-def test_only_metadata_is_taken_for_metadata(tmp_path, names, refused):
-    write_files(tmp_path / "out", *names)
-    if refused is None:
-        refuse_foreign_metadata(str(tmp_path / "out"))
-    else:
-        with pytest.raises(InputError, match=f"has {refused} in it"):
-            refuse_foreign_metadata(str(tmp_path / "out"))
-
-
-def test_a_file_is_no_output(tmp_path):
-    write_files(tmp_path, "out")
-    with pytest.raises(InputError, match="is a file"):
-        refuse_foreign_metadata(str(tmp_path / "out"))
-
-
 # --- Deleting and writing -------------------------------------------------------------
 
 
@@ -123,23 +93,23 @@ def test_only_our_objects_are_deleted(s3):  # noqa: F811
 
 def test_a_file_is_replaced_whole(tmp_path):
     write_files(tmp_path, "file")
-    write_whole(str(tmp_path / "file"), b"new")
+    write_file(str(tmp_path / "file"), b"new")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"new"}
-    with pytest.raises(StorageError, match="none/file"):
-        write_whole(str(tmp_path / "none" / "file"), b"new")
+    with pytest.raises(StorageError, match="file/none"):
+        write_file(str(tmp_path / "file" / "none"), b"new")
 
 
 def test_what_cannot_be_written_changes_nothing(tmp_path):
     write_files(tmp_path, "directory/file")
     before = listing(tmp_path)
     with pytest.raises(StorageError):
-        write_whole(str(tmp_path / "directory"), b"new")
+        write_file(str(tmp_path / "directory"), b"new")
     assert listing(tmp_path) == before
 
 
 def test_an_object_is_replaced_whole(s3):  # noqa: F811
     for content in (b"old", b"new"):
-        write_whole(f"s3://{s3.bucket}/dir/file", content)
+        write_file(f"s3://{s3.bucket}/dir/file", content)
     assert s3.files() == {"dir/file": b"new"}
 
 
@@ -166,11 +136,13 @@ def data(tmp_path, monkeypatch):
     write_files(tmp_path, "shards/00000.tar", "thesis/thesis.tex", "page.html", "empty.html")
     (tmp_path / "empty.html").write_bytes(b"")
     note = {"inputs": {"filesystem": "", "roots": [f"{tmp_path}/shards/"]}}
-    schema = pa.schema([("key", pa.string())], {"spark_nsfw": json.dumps(note)})
+    columns = [("key", pa.string()), ("image_embedding", pa.list_(pa.float32()))]
+    schema = pa.schema(columns, {"spark_nsfw": json.dumps(note)})
     for shard in ("__schema__", "00000"):
         (tmp_path / "metadata" / f"shard={shard}").mkdir(parents=True)
         path = tmp_path / "metadata" / f"shard={shard}" / "part-0.parquet"
-        pq.write_table(schema.empty_table(), path)
+        rows = [] if shard == "__schema__" else [{"key": "0", "image_embedding": [0.0] * 768}]
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("spark_nsfw.spark.session.active_or_local_session", _no_spark)
     return tmp_path
@@ -199,13 +171,13 @@ def test_export_and_classify_refuse_a_wrong_output(data, capsys, output):
     assert listing(data) == before
 
 
-def test_export_and_classify_go_on_with_a_right_output(data):
+def test_export_and_classify_go_on_with_a_right_output(data, detector_path):
     (data / "empty").mkdir()
     for output in ("new", "empty"):
         with pytest.raises(SparkStartedError):
             main(["export", "metadata", output, "--shards", "shards", "--where", "true"])
         with pytest.raises(SparkStartedError):
-            main(["classify", "metadata", output])
+            main(["classify", "metadata", output, "--nsfw-checkpoint", detector_path])
 
 
 @pytest.mark.parametrize("content", ['{"mine": 1}', "no JSON", ""])
@@ -242,9 +214,11 @@ def test_shards_of_another_root_are_refused_unless_they_were_moved(data, capsys)
 
 @pytest.mark.parametrize("note", [{}, {"inputs": {"kind": "embeddings", "roots": ["/x/"]}}])
 def test_metadata_that_does_not_say_which_shards_it_is_of_is_accepted(data, note):
-    schema = pa.schema([("key", pa.string())], {"spark_nsfw": json.dumps(note)})
+    columns = [("key", pa.string()), ("image_embedding", pa.list_(pa.float32()))]
+    schema = pa.schema(columns, {"spark_nsfw": json.dumps(note)})
     for path in data.glob("metadata/*/*.parquet"):
-        pq.write_table(schema.empty_table(), path)
+        rows = [] if shard == "__schema__" else [{"key": "0", "image_embedding": [0.0] * 768}]
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
     with pytest.raises(SparkStartedError):
         main(["export", "metadata", "out", "--where", "true", "--shards", "shards"])
 

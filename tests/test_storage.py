@@ -18,21 +18,14 @@ from test_shards import write_tar
 
 from spark_nsfw import SampleOptions, storage
 from spark_nsfw.errors import StorageError
+from spark_nsfw.files import delete_empty_directories, delete_files, iter_files, write_file
 from spark_nsfw.read.embeddings import EmbeddingSource
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.source import Unit
 from spark_nsfw.read.tar import iter_samples
-from spark_nsfw.storage import (
-    delete_empty_directories,
-    delete_files,
-    ignores_case,
-    is_below,
-    iter_files,
-    open_input,
-    write_file,
-)
+from spark_nsfw.storage import ignores_case, is_below, open_input
 
 MIB = 1 << 20
 KEYS = [f"{i:02}" for i in range(20)]

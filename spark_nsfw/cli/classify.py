@@ -54,17 +54,17 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from spark_nsfw.ownership import refuse_overlap
     from spark_nsfw.read.embeddings import EmbeddingSource
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
-    from spark_nsfw.use.metadata import MetadataFiles, refuse_place
+    from spark_nsfw.use.metadata import MetadataFiles, refuse_foreign_files
 
-    output = MetadataFiles.at(options.output)
-    source = EmbeddingSource.open(
-        absolute(options.metadata), options.embedding_column, options.id_col
-    )
-    refuse_place(output.url, source)
+    output, metadata = MetadataFiles.at(options.output), absolute(options.metadata)
+    refuse_overlap(output.url, [metadata])
+    refuse_foreign_files(output.url)
+    source = EmbeddingSource.open(metadata, options.embedding_column, options.id_col)
     recipe = Recipe(
         None,
         tuple(classifiers(options)),

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.files import list_files
 from spark_nsfw.read.source import Unit
 from spark_nsfw.schema import SHARD
-from spark_nsfw.storage import is_below, list_files
+from spark_nsfw.storage import is_below
 
 __all__ = ["PARTITION", "EmbeddingFile", "embedding_files", "files_of"]
 

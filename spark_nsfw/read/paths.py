@@ -12,9 +12,10 @@ from functools import cached_property
 from pyarrow.fs import FileType
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
+from spark_nsfw.files import iter_files
 from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import hadoop_path, is_below, iter_files, path_below, resolve
+from spark_nsfw.storage import hadoop_path, is_below, path_below, resolve
 
 __all__ = ["ShardInputs"]
 

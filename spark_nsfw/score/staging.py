@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from spark_nsfw.errors import InputError, StorageError, WeightsUnavailableError
-from spark_nsfw.ownership import refuse_foreign_entries, write_whole
+from spark_nsfw.files import write_text
+from spark_nsfw.ownership import refuse_foreign_entries
 from spark_nsfw.score.download import PublishedFile, download, file_sha256, hub_file
 from spark_nsfw.score.laion import DETECTORS
 from spark_nsfw.storage import open_input
@@ -119,7 +120,7 @@ def _add_checksums(directory: Path, sums: Mapping[str, str]) -> None:
     lines += [f"{sha256}  {name}" for name, sha256 in sums.items()]
     text = "".join(f"{line}\n" for line in sorted(lines, key=_named_in))
     if text != before:
-        write_whole(str(path), text.encode())
+        write_text(str(path), text)
 
 
 def _named_in(line: str) -> str:

@@ -26,6 +26,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.files import files_digest, list_files
 from spark_nsfw.note import PROVENANCE, refuse_another_note
 from spark_nsfw.ownership import refuse_overlap
 from spark_nsfw.read.paths import ShardInputs
@@ -34,7 +35,7 @@ from spark_nsfw.spark.cluster import reader_workers
 from spark_nsfw.spark.output import read_note
 from spark_nsfw.spark.selection import freeze, kept_columns
 from spark_nsfw.spark.waves import reason
-from spark_nsfw.storage import absolute, files_digest, list_files, open_input, resolve
+from spark_nsfw.storage import absolute, open_input, resolve
 from spark_nsfw.use.export_output import (
     delete_partial_files,
     delete_selections,

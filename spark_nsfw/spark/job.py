@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import JobStoppedError, NothingToReadError
+from spark_nsfw.files import write_text
 from spark_nsfw.note import PROVENANCE, merged_note, refuse_another_note
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, metadata_schema
@@ -24,7 +25,6 @@ from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.summary import summarize
 from spark_nsfw.spark.types import arrow_schema, spark_schema
 from spark_nsfw.spark.worker import device_kind
-from spark_nsfw.storage import write_text
 from spark_nsfw.use.metadata import STATE, refuse_names, refuse_place
 from spark_nsfw.use.summary import Summary
 

@@ -43,6 +43,7 @@ def active_or_local_session() -> SparkSession:
     if not submitted and "MASTER" not in os.environ and not os.environ.get("SPARK_REMOTE"):
         builder = builder.master("local[*]").config("spark.driver.memory", "4g")
         builder = builder.config("spark.ui.showConsoleProgress", "false")  # we have our own line
+        builder = builder.config("spark.python.daemon.module", "spark_nsfw.spark.daemon")
         with _terminations_ignored():
             session = builder.getOrCreate()
         session.sparkContext.setLogLevel("FATAL")  # errors are raised, and told in one line

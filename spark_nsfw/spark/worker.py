@@ -53,6 +53,8 @@ def choose_device(device: str | None = None) -> str:
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
     """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
 
+    In any case a task has run then, so that there is at least one executor.
+
     Raises:
         InputError: it should be a GPU and there is none.
     """
@@ -61,6 +63,9 @@ def device_kind(spark: SparkSession, device: str | None = None) -> str:
         for _ in batches:
             yield pa.RecordBatch.from_arrays([pa.array([_kind_of_device(device)])], names=["kind"])
 
+    if device is not None and torch.device(device).type == "cpu":
+        spark.range(1, numPartitions=1).collect()  # no worker needs to import torch for that
+        return "cpu"
     row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
     if row["kind"] == _NO_GPU:
         raise InputError(

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.files import list_files, move_file
 from spark_nsfw.note import note_in
 from spark_nsfw.ownership import delete_our_files, refuse_foreign_entries, refuse_overlap
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.storage import absolute, is_below, list_files, move_file, open_input, resolve
+from spark_nsfw.storage import absolute, is_below, open_input, resolve
 
 __all__ = [
     "delete_partial_files",

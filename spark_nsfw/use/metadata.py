@@ -21,23 +21,27 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.files import (
+    FileEntry,
+    delete_empty_directories,
+    delete_files,
+    find_file,
+    iter_files,
+    write_file,
+)
 from spark_nsfw.note import note_in, same_note
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import KEY, SHARD
-from spark_nsfw.storage import (
-    FileEntry,
-    absolute,
-    delete_empty_directories,
-    delete_files,
-    hadoop_path,
-    ignores_case,
-    iter_files,
-    open_input,
-    resolve,
-    write_file,
-)
+from spark_nsfw.storage import absolute, hadoop_path, ignores_case, open_input, resolve
 
-__all__ = ["SCHEMA_PARTITION", "STATE", "MetadataFiles", "refuse_names", "refuse_place"]
+__all__ = [
+    "SCHEMA_PARTITION",
+    "STATE",
+    "MetadataFiles",
+    "refuse_foreign_files",
+    "refuse_names",
+    "refuse_place",
+]
 
 #: The partition that holds no rows. Readers guess the type of partition values: where
 #: every shard has a number for a name they would read ``00000`` as 0. One name that is
@@ -263,18 +267,25 @@ def refuse_place(output: str, source: Source) -> None:
     """Refuse an output that would mix with its input or with other people's files.
 
     Raises:
-        InputError: the output is the input, lies in it or holds it; or it is no directory,
-            or one with files that no run has written.
+        InputError: the output is the input, lies in it or holds it; or see
+            `refuse_foreign_files`.
     """
     if source.covers(output):
         raise InputError(
             f"the output {output} is the input, lies in it or holds it: give a directory of its own"
         )
-    filesystem, path = resolve(output)
-    if filesystem.get_file_info(path).type is fs.FileType.File:
+    refuse_foreign_files(output)
+
+
+def refuse_foreign_files(output: str) -> None:
+    """Refuse an output with files that no run has written.
+
+    Raises:
+        InputError: it is a file, or a directory with such files that no run has begun.
+    """
+    if find_file(output) is not None:
         raise InputError(f"the output {output} is a file: give a directory of its own")
-    files = MetadataFiles(output)
-    if files.is_begun:
+    if MetadataFiles(output).is_begun:
         return
     for entry in iter_files(output):
         if not _is_hidden(entry.name) and not _OURS.match(entry.name):

@@ -16,7 +16,7 @@ import numpy as np
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.ownership import write_whole
+from spark_nsfw.files import write_text
 from spark_nsfw.storage import is_below, open_input, resolve
 from spark_nsfw.use.charts import label_charts, progress_chart, score_charts
 from spark_nsfw.use.report import NUM_BANDS, ReportData, Thumbnail, images_per_second, outliers
@@ -65,7 +65,7 @@ def write_page(url: str, data: ReportData) -> None:
         InputError: matplotlib or jinja2 is not installed.
         StorageError: it cannot be written now. What was there before is unchanged.
     """
-    write_whole(url, render(data).encode())
+    write_text(url, render(data))
 
 
 def refuse_missing_libraries() -> None:

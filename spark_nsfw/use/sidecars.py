@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from spark_nsfw.files import move_file
 from spark_nsfw.note import note_in
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import move_file, open_input, resolve
+from spark_nsfw.storage import open_input, resolve
 from spark_nsfw.use.metadata import MetadataFiles
 
 __all__ = ["move_beside_shards"]
