@@ -194,9 +194,9 @@ class EmbeddingSource:
                 raise ShardUnreadableError(f"it has no column {', '.join(sorted(missing))}")
             if file.npy is None:
                 wanted = needed | {*self.columns, STATUS, ERROR_MESSAGE}
-                for rows in parquet.iter_batches(
-                    _BATCH_ROWS, columns=[n for n in parquet.schema_arrow.names if n in wanted]
-                ):
+                columns = [name for name in parquet.schema_arrow.names if name in wanted]
+                # Threads, a column each, would seek to and fro in one buffered stream.
+                for rows in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
                     yield rows, rows.column(self.embedding_column)
                 return
             with open_input(file.npy) as npy:
@@ -206,7 +206,7 @@ class EmbeddingSource:
                         f"{file.npy} has {shape[0]:,} embeddings, {file.parquet} "
                         f"{parquet.metadata.num_rows:,} rows: they do not belong together"
                     )
-                for rows in parquet.iter_batches(_BATCH_ROWS):
+                for rows in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
                     content = npy.read(rows.num_rows * shape[1] * dtype.itemsize)
                     if len(content) < rows.num_rows * shape[1] * dtype.itemsize:
                         raise ShardUnreadableError(f"{file.npy} is cut off")
