@@ -152,20 +152,27 @@ def test_a_local_file_that_is_cut_while_it_is_read_is_no_damage(tmp_path, hasty)
 
 
 def test_another_try_takes_the_credentials_of_now(s3, tmp_path, monkeypatch):
+    """A filesystem of pyarrow's looks into the file for new ones every five minutes only."""
     url = put_tar(s3, tmp_path)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "EXPIRED")
+    credentials = tmp_path / "credentials"
+    text = "[default]\naws_access_key_id = {}\naws_secret_access_key = secret\n"
+    credentials.write_text(text.format("EXPIRED"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
     storage._filesystem.cache_clear()
     struck = s3.proxy.fail("", r"s\.tar", access_key="EXPIRED", times=None, status=403)
     pauses = []
 
     def renew(seconds):
         pauses.append(seconds)
-        os.environ["AWS_ACCESS_KEY_ID"] = "FRESH"
+        credentials.write_text(text.format("FRESH"))
 
     monkeypatch.setattr(storage.time, "sleep", renew)
     with open_input(url) as stream:
         assert len(stream.read()) > 20 * MIB
     assert (struck.num_failed, len(pauses)) == (1, 1)
+    assert "FRESH" in s3.proxy.requests[-1][2]["authorization"]
 
 
 def test_the_whole_of_a_file_is_one_request(s3, tmp_path):

@@ -187,7 +187,7 @@ class EmbeddingSource:
     def _read(self, file: EmbeddingFile) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
         """Rows, and their embeddings as lists of any float type."""
         with open_input(file.parquet) as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
+            parquet = _open_parquet(stream)
             needed = {self.id_col, *([self.embedding_column] if file.npy is None else [])}
             missing = needed - set(parquet.schema_arrow.names)
             if missing:
@@ -195,8 +195,7 @@ class EmbeddingSource:
             if file.npy is None:
                 wanted = needed | {*self.columns, STATUS, ERROR_MESSAGE}
                 columns = [name for name in parquet.schema_arrow.names if name in wanted]
-                # Threads, a column each, would seek to and fro in one buffered stream.
-                for rows in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                for rows in _iter_batches(parquet, _BATCH_ROWS, columns):
                     yield rows, rows.column(self.embedding_column)
                 return
             with open_input(file.npy) as npy:
@@ -206,7 +205,7 @@ class EmbeddingSource:
                         f"{file.npy} has {shape[0]:,} embeddings, {file.parquet} "
                         f"{parquet.metadata.num_rows:,} rows: they do not belong together"
                     )
-                for rows in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
+                for rows in _iter_batches(parquet, _BATCH_ROWS):
                     content = npy.read(rows.num_rows * shape[1] * dtype.itemsize)
                     if len(content) < rows.num_rows * shape[1] * dtype.itemsize:
                         raise ShardUnreadableError(f"{file.npy} is cut off")
@@ -295,6 +294,18 @@ def _footer(url: str) -> pa.Schema | None:
         return None  # it becomes a row of its own when it is read
 
 
+def _open_parquet(stream: BinaryIO) -> pq.ParquetFile:
+    # Buffered in advance, the whole file would be in memory.
+    return pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
+
+
+def _iter_batches(
+    parquet: pq.ParquetFile, num_rows: int, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    # Threads would read the columns out of order, back and forth in one stream.
+    yield from parquet.iter_batches(num_rows, columns=columns, use_threads=False)
+
+
 def _npy_header(stream: BinaryIO, url: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of an ``.npy`` file; the stream stands at the first value then.
 
@@ -325,7 +336,7 @@ def _first_width(files: Sequence[EmbeddingFile], embedding_column: str, metadata
                 with open_input(file.npy) as stream:
                     return int(_npy_header(stream, file.npy)[0][1])
             with open_input(file.parquet) as stream:
-                for rows in pq.ParquetFile(stream).iter_batches(64, columns=[embedding_column]):
+                for rows in _iter_batches(_open_parquet(stream), 64, [embedding_column]):
                     lengths = pc.drop_null(pc.list_value_length(rows.column(0)))
                     if len(lengths):
                         return int(lengths[0].as_py())
