@@ -12,7 +12,8 @@ from pyarrow import fs
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
 from spark_nsfw.files import write_file
-from spark_nsfw.read.paths import ShardInputs, expand_ranges
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.patterns import expand_ranges
 from spark_nsfw.storage import _filesystem, resolve
 
 

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pandas as pd
 import pyarrow as pa
@@ -9,6 +10,8 @@ from examples.photographs import write_shard
 from spark_nsfw import SampleOptions, iter_sample_batches
 from spark_nsfw.errors import InputError, ShardUnreadableError
 from spark_nsfw.read.columns import infer_from_first, infer_passthrough
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, ShardSource
 
 
 def rows(path, **options):
@@ -212,6 +215,89 @@ def test_a_damaged_sidecar_costs_no_sample_and_says_so(tmp_path):
     sample, fault = rows(tmp_path / "s.tar", passthrough=fields)
     assert (sample["status"], sample["a"]) == ("ok", 1)
     assert (fault["key"], fault["status"]) == (None, "sidecar_unreadable")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table([pa.array(["0"]), pa.array([1]), pa.array([2])], names=["key", "a", "a"]),
+        pa.table({"key": pa.array([b"\xff\xfe"]).view(pa.string())}),
+        pa.table({"a": [1]}),
+    ],
+    ids=["two columns of one name", "keys that are no text", "no keys"],
+)
+def test_a_sidecar_that_nothing_can_be_matched_by_costs_no_sample(tmp_path, table):
+    write_shard(tmp_path / "s.tar", described({"a": 1}))
+    fields = tuple(infer_passthrough(str(tmp_path / "s.tar"), "key"))
+    pq.write_table(table, tmp_path / "s.parquet")
+    sample, fault = rows(tmp_path / "s.tar", passthrough=fields)
+    assert (sample["status"], sample["a"]) == ("ok", 1)
+    assert (fault["key"], fault["status"]) == (None, "sidecar_unreadable")
+    assert "s.parquet: " in fault["error_message"]
+
+
+def test_a_source_settles_columns_in_the_first_shard_that_has_any(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    write_shard(tmp_path / "b.tar", described({"width": 1, "url": "u"}))
+    write_shard(tmp_path / "c.tar", described({"height": 1}))
+    inputs = ShardInputs.parse(tmp_path)
+    ours = ["shard", "key", "status", "error_message"]
+    for columns, own in [(None, ["width", "url", "extra_json"]), ((), []), (["url"], ["url"])]:
+        names = ShardSource(inputs, columns=columns).schema().names
+        assert names == [*ours[:2], *own, *ours[2:]]
+    captions = ShardSource(inputs, SampleOptions(captions=True), ()).schema().names
+    assert captions == ["shard", "key", "caption", "status", "error_message"]
+    with pytest.raises(InputError, match="no column depth"):
+        ShardSource(inputs, columns=["depth"]).schema()
+    settled = ShardSource(inputs).schema([pa.field("old", pa.int64())])
+    assert settled.names == [*ours[:2], "old", *ours[2:]]
+
+
+def test_a_source_reads_a_unit_into_the_columns_of_a_schema(tmp_path):
+    write_shard(tmp_path / "a" / "0.tar", described({"width": 1, "url": "u"}))
+    source = pickle.loads(pickle.dumps(ShardSource(ShardInputs.parse(tmp_path))))
+    (unit,) = source.units()
+    schema = source.schema([pa.field("url", pa.string()), pa.field("gone", pa.int64())])
+    ((batch, images),) = source.read(unit, schema)
+    assert batch.schema == schema
+    row = {"shard": "a/0", "key": "0", "url": "u", "gone": None}
+    assert batch.to_pylist() == [row | {"status": "ok", "error_message": None}]
+    assert images == [b"x"]
+
+
+def test_sidecars_that_cannot_be_used_are_refused_at_the_start(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"a": 1}))
+    pd.DataFrame({"uid": ["0"]}).to_parquet(tmp_path / "s.parquet")
+    source = ShardSource(ShardInputs.parse(tmp_path))
+    with pytest.raises(InputError, match=r"s\.parquet: the sidecar has no column 'key'"):
+        source.schema()
+    assert ShardSource(source.inputs, SampleOptions(id_col="uid")).schema().names[2] == "uid"
+
+
+def test_a_shard_that_is_gone_has_no_row_whatever_its_sidecar(tmp_path):
+    write_shard(tmp_path / "s.tar", described({"a": 1}))
+    source = ShardSource(ShardInputs.parse(tmp_path))
+    (unit,), schema = source.units(), source.schema()
+    (tmp_path / "s.tar").unlink()
+    for sidecar in (None, b"PAR1 no"):
+        if sidecar:
+            (tmp_path / "s.parquet").write_bytes(sidecar)
+        with pytest.raises(FileNotFoundError):
+            next(source.read(unit, schema))
+
+
+def test_what_a_source_says_of_itself_is_what_version_0_1_0_noted(tmp_path):
+    source = ShardSource(ShardInputs.parse("s3a://b/in"), SampleOptions(id_col="uid"), ["url"])
+    assert source.describe() == {
+        "inputs": {"kind": "webdataset", "filesystem": "s3a://b", "roots": ["/in/"]},
+        "rows": {
+            "columns": ["url"],
+            "captions": False,
+            "id_col": "uid",
+            "image_extensions": [*IMAGE_EXTENSIONS],
+            "max_image_bytes": 64 << 20,
+        },
+    }
 
 
 def test_a_sidecar_without_the_id_column_is_refused_at_the_start(tmp_path):

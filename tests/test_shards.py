@@ -219,7 +219,20 @@ def test_a_negative_size_is_damage_and_no_walk_in_circles(tmp_path, name, size):
     assert f"{size:,}" in fault.error_message
 
 
-@pytest.mark.parametrize("headers", [{"size": "-512"}, {"GNU.sparse.map": "1,a"}])
+@pytest.mark.parametrize("size", [2**40, 2**62 - 1, 2**62, 2**63, 2**64, 2**80])
+def test_a_size_beyond_the_end_is_damage_however_large(tmp_path, size):
+    good = write_tar(tmp_path / "good.tar", [("a.jpg", b"x" * 512)]).read_bytes()[:1024]
+    path = tmp_path / "s.tar"
+    path.write_bytes(good + member_of_size("b.jpg", size) + bytes(1024))
+    for wanted in ("jpg", "txt"):
+        first, *_, fault = iter_samples(str(path), wanted.__eq__)
+        assert (first.key, first.status) == ("a", Status.OK)
+        assert (fault.key, fault.status) == (None, Status.SHARD_TRUNCATED)
+
+
+@pytest.mark.parametrize(
+    "headers", [{"size": "-512"}, {"size": str(2**70)}, {"GNU.sparse.map": "1,a"}]
+)
 def test_extension_headers_that_cannot_be_are_damage(tmp_path, headers):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:

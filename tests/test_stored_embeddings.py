@@ -12,7 +12,7 @@ from test_job import arguments
 
 from spark_nsfw import NsfwClassifier
 from spark_nsfw.cli import main
-from spark_nsfw.errors import EmbeddingWidthError, InputError
+from spark_nsfw.errors import EmbeddingWidthError, InputError, NothingToReadError
 from spark_nsfw.read.embeddings import EmbeddingSource
 from spark_nsfw.schema import metadata_schema
 from spark_nsfw.score.recipe import Recipe
@@ -215,6 +215,98 @@ def test_a_partitions_own_directory_or_file_is_named_by_the_partition(tmp_path, 
     write_sidecar(directory / "part-0.parquet", golden[:1])
     for place in (tmp_path, tmp_path / "out", directory, directory / "part-0.parquet"):
         assert rows_of(place, classifier)["shard"].to_pylist() == ["a/00042"]
+
+
+def units_of(source):
+    schema = source.schema()
+    return {
+        unit.name: [key for rows, _ in source.read(unit, schema) for key in rows["key"].to_pylist()]
+        for unit in source.units()
+    }
+
+
+def test_the_files_of_a_partition_are_one_unit(tmp_path, golden):
+    write_sidecar(tmp_path / "shard=__schema__" / "part-0.parquet", [], url=pa.array([], "string"))
+    for name in "ab":
+        write_sidecar(tmp_path / "shard=x%2Fy" / f"{name}.parquet", golden[:2])
+    source = EmbeddingSource.open(str(tmp_path))
+    assert units_of(source) == {"x/y": ["a0000", "a0001", "b0000", "b0001"]}
+    assert source.schema().names == ["shard", "key", "url", "status", "error_message"]
+    (unit,) = source.units()
+    assert unit.place == str(tmp_path / "shard=x%2Fy")
+    one = EmbeddingSource.open(f"{unit.place}/b.parquet")
+    assert units_of(one) == {"x/y": ["b0000", "b0001"]}
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.npy", "img_emb"])
+def test_a_partition_may_be_named_as_a_file_is(tmp_path, golden, name):
+    write_sidecar(tmp_path / f"shard={name}" / "a.parquet", golden[:1])
+    assert units_of(EmbeddingSource.open(str(tmp_path))) == {name: ["a0000"]}
+
+
+def test_two_places_of_one_shard_are_refused_with_both(tmp_path, golden):
+    write_sidecar(tmp_path / "shard=x%2Fy" / "a.parquet", golden[:1])
+    write_sidecar(tmp_path / "x" / "y.parquet", golden[:1])
+    with pytest.raises(InputError, match=r"shard=x%2Fy and .*/x/y\.parquet would both be shard"):
+        EmbeddingSource.open(str(tmp_path)).units()
+
+
+def test_an_output_without_rows_is_nothing_to_read(tmp_path, golden):
+    write_sidecar(tmp_path / "shard=x" / "a.parquet", golden[:1])
+    write_sidecar(tmp_path / "shard=__schema__" / "a.parquet", [])
+    source = EmbeddingSource.open(str(tmp_path))
+    (tmp_path / "shard=x" / "a.parquet").unlink()
+    with pytest.raises(NothingToReadError):
+        source.units()
+
+
+def test_a_unit_that_is_gone_is_no_row(tmp_path, golden):
+    write_sidecar(tmp_path / "a.parquet", golden[:1])
+    write_sidecar(tmp_path / "out" / "shard=b" / "b.parquet", golden[:1])
+    for place in (tmp_path / "a.parquet", tmp_path / "out"):
+        source = EmbeddingSource.open(str(place))
+        (unit,) = source.units()
+        (place if place.is_file() else place / "shard=b" / "b.parquet").unlink()
+        with pytest.raises(FileNotFoundError):
+            next(source.read(unit, source.schema()))
+
+
+def test_the_columns_that_an_earlier_run_settled_are_kept(tmp_path, golden):
+    write_sidecar(tmp_path / "a.parquet", golden[:1], n=[1], new=["x"])
+    source = EmbeddingSource.open(str(tmp_path))
+    schema = source.schema([pa.field("gone", pa.string()), pa.field("n", pa.int64())])
+    ((rows, embeddings),) = source.read(source.units()[0], schema)
+    assert rows.to_pylist() == [
+        {"shard": "a", "key": "a0000", "gone": None, "n": 1, "status": "ok", "error_message": None}
+    ]
+    assert embeddings.to_pylist() == golden[:1].tolist()
+
+
+def test_a_status_that_is_null_is_ok(tmp_path, golden):
+    columns = {"status": ["ok", None], "error_message": pa.array([None, None], pa.string())}
+    write_sidecar(tmp_path / "shard=a" / "a.parquet", golden[:2], **columns)
+    source = EmbeddingSource.open(str(tmp_path))
+    ((rows, _),) = source.read(source.units()[0], source.schema())
+    assert rows["status"].to_pylist() == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("output", "covered"),
+    [("in", True), ("in/out", True), (".", True), ("in2", False), ("link", True)],
+)
+def test_which_outputs_would_be_in_the_way(tmp_path, golden, output, covered):
+    write_sidecar(tmp_path / "in" / "a.parquet", golden[:1])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    source = EmbeddingSource.open(str(tmp_path / "in"))
+    assert source.covers(f"{tmp_path}/{output}/") is covered
+    assert source.covers(f"file://{tmp_path}/{output}") is covered
+
+
+def test_a_path_is_made_absolute_for_workers_that_stand_elsewhere(tmp_path, golden, monkeypatch):
+    write_sidecar(tmp_path / "in" / "a.parquet", golden[:1])
+    monkeypatch.chdir(tmp_path)
+    source = EmbeddingSource.open("in")
+    assert source.describe()["inputs"] == {"kind": "embeddings", "root": str(tmp_path / "in")}
 
 
 def test_a_partition_without_our_columns_is_scored_all_the_same(

@@ -27,7 +27,7 @@ from spark_nsfw.schema import (
     Status,
     sample_schema,
 )
-from spark_nsfw.storage import is_below, open_input
+from spark_nsfw.storage import absolute, is_below, open_input
 
 __all__ = ["EmbeddingSource"]
 
@@ -80,6 +80,7 @@ class EmbeddingSource:
                 in two files have none in common.
             StorageError: a file cannot be read now.
         """
+        metadata = absolute(metadata)
         files = embedding_files(metadata)
         if id_col is None:
             id_col = KEY if files[0].npy is None else "image_path"
@@ -224,7 +225,8 @@ class EmbeddingSource:
         if self.has_status:
             for name in (STATUS, ERROR_MESSAGE):
                 if name in rows.schema.names:
-                    arrays[name] = rows.column(name)
+                    arrays[name] = rows.column(name).cast(pa.string())
+            arrays[STATUS] = pc.fill_null(arrays[STATUS], Status.OK.value)
         for field in schema:
             if field.name in arrays:
                 continue

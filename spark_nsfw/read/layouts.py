@@ -17,6 +17,7 @@ from spark_nsfw.errors import InputError, NothingToReadError
 from spark_nsfw.files import list_files
 from spark_nsfw.read.source import Unit
 from spark_nsfw.schema import SHARD
+from spark_nsfw.storage import is_below
 
 __all__ = ["PARTITION", "EmbeddingFile", "embedding_files", "files_of"]
 
@@ -31,7 +32,8 @@ class EmbeddingFile:
 
     Attributes:
         shard: the name of the shard that its rows are of.
-        place: of its unit: the partition's directory, the ``.npy``, or the file itself.
+        place: of its unit: the partition's directory, the ``.npy``, or the file itself, as
+            for a single file that was named.
         parquet: path or URL of the rows.
         npy: of their embeddings, (N, D) in the order of the rows; None where the rows
             have a column of them.
@@ -64,14 +66,15 @@ def embedding_files(metadata: str) -> list[EmbeddingFile]:
         npy = root + match[0]
         files.append(EmbeddingFile(match[1] + match[2], npy, root + rows, npy))
     if not arrays:
+        is_file = len(names) == 1 and is_below(metadata, root + names[0])
         for name in sorted(parquet):
-            partition = PARTITION.match(root + name)  # the input may be one partition
+            file = root + name
+            partition = PARTITION.match(file)  # the input may be one partition, or in one
             if partition:
-                shard = unquote(partition[2])
-                files.append(EmbeddingFile(shard, partition[1], root + name))
+                shard, place = unquote(partition[2]), partition[1]
             else:
-                file = root + name
-                files.append(EmbeddingFile(name.removesuffix(".parquet"), file, file))
+                shard, place = name.removesuffix(".parquet"), file
+            files.append(EmbeddingFile(shard, file if is_file else place, file))
     if not files:
         raise NothingToReadError(f"{metadata}: there are no Parquet files")
     return files
@@ -79,13 +82,12 @@ def embedding_files(metadata: str) -> list[EmbeddingFile]:
 
 def files_of(unit: Unit) -> list[EmbeddingFile]:
     """The files of a unit, in the order of their names."""
-    if unit.place.endswith(".npy"):
-        match = _NPY.match(unit.place)
-        assert match is not None
-        rows = f"{match[1]}metadata/metadata_{match[3]}.parquet"
+    if not PARTITION.fullmatch(f"{unit.place}/"):
+        array = _NPY.match(unit.place)
+        if array is None:
+            return [EmbeddingFile(unit.name, unit.place, unit.place)]
+        rows = f"{array[1]}metadata/metadata_{array[3]}.parquet"
         return [EmbeddingFile(unit.name, unit.place, rows, unit.place)]
-    if unit.place.endswith(".parquet"):
-        return [EmbeddingFile(unit.name, unit.place, unit.place)]
     root, names = list_files(unit.place)
     files = [
         EmbeddingFile(unit.name, unit.place, root + name)

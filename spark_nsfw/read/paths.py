@@ -5,31 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
-import bracex
-from wcmatch import fnmatch
+from pyarrow.fs import FileType
 
-from spark_nsfw.errors import InputError, NothingToReadError
-from spark_nsfw.files import FileEntry, find_file, iter_files
+from spark_nsfw.errors import InputError, NothingToReadError, StorageError
+from spark_nsfw.files import iter_files
+from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import hadoop_path, is_below, path_below
+from spark_nsfw.storage import hadoop_path, is_below, path_below, resolve
 
-__all__ = ["ShardInputs", "expand_ranges"]
+__all__ = ["ShardInputs"]
 
-_GLOB_CHARACTERS = re.compile(r"[*?\[{]")
-_RANGE = re.compile(r"(\{\d+\.\.\d+\})")
-_SLASH_IN_BRACES = re.compile(r"\{[^{}]*/[^{}]*\}")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*(?=/|\Z)|(?=/))")
-
-#: Hidden names are left out elsewhere; within braces a glob matches as it does outside.
-_MATCH_FLAGS = fnmatch.DOTMATCH | fnmatch.BRACE | fnmatch.CASE
-
-#: Whether a name fits one segment of a glob; None stands for any number of names.
-_Matcher = Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class ShardInputs:
             raise InputError("no input: give a directory, a tar file, a glob or a brace range")
         patterns = tuple(_absolute(os.fspath(path)) for path in several)
         for pattern in patterns:
-            _refuse_backwards(pattern)
+            refuse_backwards(pattern)
         filesystems = {_split(pattern)[0] for pattern in patterns}
         if len(filesystems) > 1:
             raise InputError(
@@ -72,8 +62,11 @@ class ShardInputs:
     @property
     def roots(self) -> tuple[str, ...]:
         """The directories below which shards are named, longest first."""
-        roots = {_root(pattern) for pattern in self.patterns}
-        return tuple(sorted(roots, key=lambda root: (-len(root), root)))
+        return tuple(sorted(self._roots, key=lambda root: (-len(root), root)))
+
+    @cached_property
+    def _roots(self) -> frozenset[str]:
+        return frozenset(_root(pattern) for pattern in self.patterns)
 
     def shard_name(self, path: str) -> str:
         """A shard's path below its input root, without ``.tar``.
@@ -82,79 +75,75 @@ class ShardInputs:
             InputError: the path is below none of the inputs.
         """
         name = _split(path)[1]
-        for root in self.roots:
-            if name.startswith(root):
-                return name[len(root) :].removesuffix(".tar")
+        end = name.rfind("/")
+        while end >= 0:
+            if name[: end + 1] in self._roots:
+                return name[end + 1 :].removesuffix(".tar")
+            end = name.rfind("/", 0, end)
         raise InputError(f"{path} is below none of the inputs {', '.join(self.roots)}")
 
     def list_units(self) -> list[Unit]:
         """A unit for each shard that is there now, sorted by name.
+
+        Names that begin with a dot or an underscore are hidden, with all that is below them.
 
         Raises:
             NothingToReadError: there are none, or one that was named is missing.
             InputError: two shards have one name.
             StorageError: they cannot be listed now.
         """
-        found: dict[str, FileEntry] = {}
+        modified: dict[str, float] = dict(self._list_places())
         for pattern in self.patterns:
-            found |= _list(pattern)
-        if not found:
-            raise NothingToReadError(
-                f"{', '.join(self.patterns)} does not exist, or has no shard (*.tar) in it"
-            )
-        path_of: dict[str, str] = {}
-        units = []
-        for path in sorted(found):
-            name = self.shard_name(path)
-            other = path_of.setdefault(name, path)
-            if other != path:
+            if is_pattern(_split(pattern)[1]):
+                modified |= _list_matches(pattern)
+        units: dict[str, Unit] = {}
+        for path in sorted(modified):
+            unit = Unit(self.shard_name(path), path, modified[path])
+            other = units.setdefault(unit.name, unit)
+            if other is not unit:
                 raise InputError(
-                    f"{other} and {path} would both be shard {name!r}; "
+                    f"{other.place} and {path} would both be shard {unit.name!r}; "
                     "score them in two runs, or from a directory above both"
                 )
-            units.append(Unit(name, path, found[path].modified_seconds))
-        return sorted(units, key=lambda unit: unit.name)
+        return sorted(units.values(), key=lambda unit: unit.name)
+
+    def _list_places(self) -> Iterator[tuple[str, float]]:
+        """Path and time of change of shards that are named or lie in a directory that is."""
+        paths = [_split(pattern)[1] for pattern in self.patterns]
+        places = [path.rstrip("/") for path in paths if not is_pattern(path)]
+        if not places:
+            return
+        resolved = [resolve(f"{self.filesystem}{place or '/'}") for place in places]
+        try:
+            infos = resolved[0][0].get_file_info([path for _, path in resolved])
+        except OSError as exc:
+            raise StorageError(f"{self.filesystem}{places[0]} cannot be listed: {exc}") from exc
+        for place, info in zip(places, infos, strict=True):
+            url = self.filesystem + place
+            if info.type is FileType.File:
+                if not place.endswith(".tar"):
+                    raise _nothing_in(url)
+                yield url, (info.mtime_ns or 0) / 1e9
+                continue
+            found = [(f"{url}/{name}", seconds) for name, seconds in _iter_tars(url or "/")]
+            if not found:
+                raise _nothing_in(url or "/")
+            yield from found
 
     def covers(self, url: str) -> bool:
-        """Whether tars below a directory would be input, or the input lies in it."""
-        if any(is_below(self.filesystem + root, url) for root in self.roots):
-            return True
+        """Whether tars below a directory could be input, or the input lies in it."""
         for pattern in self.patterns:
-            inside = _split(pattern)[1]
-            is_glob = _GLOB_CHARACTERS.search(inside)
-            top = _root(pattern)
-            below = path_below(url, self.filesystem + (top if is_glob else inside))
-            if below is None:
-                continue
-            if not is_glob:
+            root = self.filesystem + _root(pattern)
+            if is_below(root, url):
                 return True
-            tar = f"{top}{below}/x.tar" if below else f"{top}x.tar"
-            if any(_select(expanded, [tar]) for expanded in expand_ranges(inside)):
+            if not is_pattern(_split(pattern)[1]):
+                if is_below(url, pattern) or is_below(pattern, url):
+                    return True
+            elif (below := path_below(url, root)) is not None and (
+                PathPattern(_below_root(pattern)).may_match_below(below)
+            ):
                 return True
         return False
-
-
-def expand_ranges(pattern: str) -> Iterator[str]:
-    """Expand WebDataset's numeric ranges: ``{00000..00002}`` → 00000, 00001, 00002.
-
-    Other braces and glob characters are left as they are.
-
-    Raises:
-        InputError: a range that runs backwards.
-    """
-    _refuse_backwards(pattern)
-    parts = [
-        bracex.expand(part, limit=0) if _RANGE.fullmatch(part) else [part]
-        for part in _RANGE.split(pattern)
-    ]
-    return map("".join, itertools.product(*parts))
-
-
-def _refuse_backwards(pattern: str) -> None:
-    for piece in _RANGE.findall(pattern):
-        first, _, last = piece[1:-1].partition("..")
-        if int(first) > int(last):
-            raise InputError(f"{pattern}: the range {piece} runs backwards")
 
 
 def _absolute(path: str) -> str:
@@ -176,138 +165,61 @@ def _split(path: str) -> tuple[str, str]:
 
 def _root(pattern: str) -> str:
     path = _split(pattern)[1]
-    match = _GLOB_CHARACTERS.search(path)
-    if match:
-        return path[: path.rfind("/", 0, match.start()) + 1]
+    if is_pattern(path):
+        plain = itertools.takewhile(lambda segment: not is_pattern(segment), path.split("/"))
+        return "/".join([*plain, ""])
     if path.endswith(".tar"):
         return path[: path.rfind("/") + 1]
     return path.rstrip("/") + "/"
 
 
-def _list(pattern: str) -> dict[str, FileEntry]:
-    """Path → entry of the shards of one input.
+def _below_root(pattern: str) -> str:
+    return _split(pattern)[1][len(_root(pattern)) :].rstrip("/")
 
-    Names that begin with a dot or an underscore are hidden, with all that is below them.
+
+def _list_matches(pattern: str) -> dict[str, float]:
+    """Path → time of change of the shards that a glob or a range names.
 
     Raises:
-        NothingToReadError: an input, or one of a range of inputs, has no shard.
+        NothingToReadError: there are none, or none of one name in a range.
     """
-    filesystem_url, path = _split(pattern)
-    is_glob = _GLOB_CHARACTERS.search(path)
-    root = _root(pattern).rstrip("/") if is_glob else path.rstrip("/")
-    # A range of numbers is no more than any name here: ten thousand are slow to try.
-    _, globs = _compiled(_RANGE.sub("*", path.rstrip("/"))) if is_glob else ("", [[]])
-    entries = {
-        filesystem_url + root + (f"/{entry.name}" if entry.name else ""): entry
-        for entry in _iter_tars(f"{filesystem_url}{root or '/'}", globs)
-    }
-    if not is_glob:
-        if not entries:
-            raise _nothing_in(root)
-        return entries
-    tars = sorted(place[len(filesystem_url) :] for place in entries)
-    chosen: set[str] = set()
-    for expanded in expand_ranges(path.rstrip("/")):
-        found = _select(expanded, tars)
-        if not found:
-            raise _nothing_in(expanded)
-        chosen.update(found)
-    return {filesystem_url + tar: entries[filesystem_url + tar] for tar in chosen}
+    wanted = PathPattern(_below_root(pattern))
+    url = _split(pattern)[0] + _root(pattern)
+    found: dict[str, float] = {}
+    matched: set[str] = set()
+    for name, seconds in _iter_tars(url, wanted):
+        matches = wanted.matches(name)
+        if matches:
+            found[url + name] = seconds
+            matched.update(matches)
+    missing = wanted.first_missing(matched)
+    if missing is not None:
+        raise _nothing_in(url + missing)
+    return found
 
 
 def _nothing_in(path: str) -> NothingToReadError:
     return NothingToReadError(f"{path} does not exist, or has no shard (*.tar) in it")
 
 
-def _iter_tars(url: str, globs: Sequence[Sequence[_Matcher]]) -> Iterator[FileEntry]:
-    """The tars below a directory; or one without a name for a file itself.
+def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[tuple[str, float]]:
+    """Name below a directory and time of change of the tars in it that are not hidden.
 
-    Directories that hold nothing any of the globs could name are not looked into.
+    Directories in which no tar is wanted are not walked.
     """
 
     def skip(name: str) -> bool:
-        names = name.split("/")
-        return _is_hidden_directory(name) or not any(_may_lead_to(glob, names) for glob in globs)
+        return _is_hidden(name) or not (wanted is None or wanted.may_match_below(name))
 
-    file = find_file(url)
-    if file is not None:
-        if url.endswith(".tar"):
-            yield file
-        return
     for entry in iter_files(url, skip=skip, follow_links=True):
         directory, _, base = entry.name.rpartition("/")
-        if base.endswith(".tar") and base[0] not in "._" and not _is_hidden_directory(directory):
-            yield entry
+        if base.endswith(".tar") and base[0] not in "._" and not _is_hidden(directory):
+            yield entry.name, entry.modified_seconds
 
 
-def _is_hidden_directory(name: str) -> bool:
+def _is_hidden(directory: str) -> bool:
     """As Spark has it: ``_x`` and ``.x`` are hidden, partitions such as ``_x=1`` are not."""
     return any(
         part.startswith(".") or (part.startswith("_") and "=" not in part)
-        for part in name.split("/")
+        for part in directory.split("/")
     )
-
-
-def _select(pattern: str, paths: Sequence[str]) -> list[str]:
-    """Of sorted paths, those that a pattern without ranges names, itself or above them."""
-    match = _GLOB_CHARACTERS.search(pattern)
-    if match is None:
-        return [
-            path
-            for path in _with_prefix(pattern, paths)
-            if len(path) == len(pattern) or path[len(pattern)] == "/"
-        ]
-    prefix, globs = _compiled(pattern)
-    return [
-        path
-        for path in _with_prefix(prefix, paths)
-        if any(_matches(glob, path[len(prefix) :].split("/")) for glob in globs)
-    ]
-
-
-def _compiled(pattern: str) -> tuple[str, list[list[_Matcher]]]:
-    """The directory above a glob, and the segments below it, of each of its alternatives."""
-    match = _GLOB_CHARACTERS.search(pattern)
-    assert match is not None
-    start = pattern.rfind("/", 0, match.start()) + 1
-    globs = [pattern[start:]]
-    if _SLASH_IN_BRACES.search(pattern):
-        globs = bracex.expand(globs[0], limit=0)
-    return pattern[:start], [[_matcher(segment) for segment in glob.split("/")] for glob in globs]
-
-
-def _with_prefix(prefix: str, paths: Sequence[str]) -> Iterator[str]:
-    for position in range(bisect_left(paths, prefix), len(paths)):
-        if not paths[position].startswith(prefix):
-            return
-        yield paths[position]
-
-
-@lru_cache(maxsize=1024)
-def _matcher(segment: str) -> _Matcher:
-    if segment == "**":
-        return None
-    if not _GLOB_CHARACTERS.search(segment):
-        return segment.__eq__
-    included, _ = fnmatch.translate(segment, flags=_MATCH_FLAGS)
-    expressions = [re.compile(expression) for expression in included]
-    return lambda name: any(expression.match(name) for expression in expressions)
-
-
-def _matches(glob: Sequence[_Matcher], names: Sequence[str]) -> bool:
-    if not glob:
-        return True
-    first, *others = glob
-    if first is None:
-        return any(_matches(others, names[start:]) for start in range(len(names)))
-    return bool(names) and first(names[0]) and _matches(others, names[1:])
-
-
-def _may_lead_to(glob: Sequence[_Matcher], names: Sequence[str]) -> bool:
-    """Whether what a glob names can be these names or below them."""
-    for matcher, name in zip(glob, names, strict=False):
-        if matcher is None:
-            return True
-        if not matcher(name):
-            return False
-    return True

@@ -64,7 +64,7 @@ class Sidecar:
         try:  # from memory, where an OSError is pyarrow's word for a damaged file
             parquet = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
             return cls(parquet.read(), id_col, captions)
-        except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
+        except (OSError, ValueError, KeyError, pa.ArrowException, ShardUnreadableError) as exc:
             raise ShardUnreadableError(f"{url}: {exc}") from exc
 
     def row(self, sample_id: str) -> int | None:

@@ -26,6 +26,9 @@ __all__ = ["Member", "Sample", "iter_members", "iter_runs", "iter_samples", "spl
 #: Default limit on one member's size; larger ones are never read into memory.
 MAX_MEMBER_BYTES = 64 << 20
 
+#: No file has a member of this size, and beyond it a file position does not fit 64 bits.
+_MAX_SIZE_BYTES = 1 << 62
+
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)\Z", re.DOTALL)
 #: WebDataset keeps its own notes in members such as ``__meta__.json``.
 _RESERVED = re.compile(r"__[^/]*__(\Z|/|\.)")
@@ -92,18 +95,18 @@ class _StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.size < 0:
+        return cls._checked(super().frombuf(buf, encoding, errors))
+
+    @classmethod
+    def _checked(cls, info: Self) -> Self:
+        if not 0 <= info.size < _MAX_SIZE_BYTES:
             raise tarfile.InvalidHeaderError(f"a size of {info.size:,} bytes")  # type: ignore[attr-defined]
         return info
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
         try:
-            info = super().fromtarfile(tarfile_)
-            if info.size < 0:  # a PAX header may say so
-                raise tarfile.InvalidHeaderError(f"a size of {info.size:,} bytes")  # type: ignore[attr-defined]
-            return info
+            return cls._checked(super().fromtarfile(tarfile_))  # a PAX header has a size, too
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as exc:
