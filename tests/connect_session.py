@@ -12,21 +12,19 @@ from pathlib import Path
 
 import pyspark
 from pyspark.sql import SparkSession
+from scoring import score_into
 from test_spark import collected
 
 import spark_nsfw
 from spark_nsfw import (
     ImageTextPairDataset,
     NsfwClassifier,
-    SparkNsfwError,
     TimmImageEmbedder,
     nsfw_udf,
     read_webdataset,
     register_webdataset,
     score_samples,
 )
-from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.job import run_job
 
 
 def where_workers_have_the_package_from(spark):
@@ -75,10 +73,8 @@ def main(shards, detector, directory):
         register_webdataset(spark)
         source = spark.read.format("webdataset").load(shards)
         report["rows"]["data source"] = collected(score_samples(source, embedder))
-    try:
-        run_job(spark, ShardInputs.parse(shards), str(directory / "job"), embedder)
-    except SparkNsfwError as exc:
-        report["job"] = str(exc)
+    score_into(spark, shards, directory / "job", embedder, plan="fused", report=lambda _: None)
+    report["rows"]["the job"] = collected(spark.read.parquet(str(directory / "job")))
     (directory / "report.pickle").write_bytes(pickle.dumps(report))
     spark.stop()
 

@@ -14,7 +14,7 @@ from test_spark import core_rows  # noqa: F401  # a fixture
 import spark_nsfw
 
 PACKAGE = Path(spark_nsfw.__file__).parent
-WAYS = ["score_samples", "one step", "two steps", "saved"]
+WAYS = ["score_samples", "one step", "two steps", "saved", "the job"]
 WAYS += ["data source"] if pyspark.__version__ >= "4" else []
 
 
@@ -53,15 +53,20 @@ def test_add_artifacts_brings_the_package_to_the_servers_workers(report):
     assert "package.zip" in report["package"]
 
 
-def test_the_job_says_what_it_needs_and_what_to_take_instead(report):
-    assert "the job needs a classic session" in report["job"]
-    assert "save_metadata" in report["job"]
-
-
 @pytest.mark.parametrize(
     "module",
-    ["dataset", "spark/reader", "spark/udf", "spark/datasource", "spark/types", "spark/workers"],
+    [
+        "dataset",
+        "spark/reader",
+        "spark/udf",
+        "spark/datasource",
+        "spark/units",
+        "spark/plans",
+        "spark/types",
+        "spark/worker",
+        "spark/stored",
+    ],
 )
-def test_only_the_job_and_what_serves_it_alone_touch_the_jvm(module):
+def test_what_works_through_connect_touches_no_jvm(module):
     text = (PACKAGE / f"{module}.py").read_text()
     assert not re.search(r"\b_jvm|\b_jsparkSession|\b_jdf|sparkContext|\.rdd\b", text)

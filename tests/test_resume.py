@@ -22,6 +22,7 @@ from examples.photographs import encode, write_photograph_shards, write_shard
 from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, JobStoppedError
+from spark_nsfw.files import write_file
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.source import Unit
 from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
@@ -98,6 +99,31 @@ def test_a_shard_that_vanishes_is_told_and_scored_once_it_is_back(
     run_reporting(spark, inputs, tmp_path / "out", embedder, lines.append)
     kept |= {identity: row for identity, row in undisturbed.items() if identity[0] == "00002"}
     assert kept.items() <= rows_of(spark, tmp_path / "out").items()
+
+
+def test_a_shard_that_cannot_be_read_now_stops_the_run_and_gets_no_row(
+    spark, inputs, undisturbed, embedder, tmp_path, s3
+):
+    for path in inputs.glob("*.tar"):
+        write_file(f"{s3.url}/in/{path.name}", path.read_bytes())
+    environment = spark.sparkContext.environment  # of Python workers
+    mine = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment.update(mine)
+    output = tmp_path / "out"
+    try:
+        s3.proxy.fail("GET", r"00001\.tar", status=403, times=1000)  # an expired token, say
+        with pytest.raises(JobError, match=r"run again to resume: .*StorageError") as refused:
+            run_reporting(spark, f"{s3.url}/in", output, embedder, lambda _: None)
+        assert "00001.tar cannot be read now" in str(refused.value)
+        assert "\n" not in str(refused.value)
+        kept = {identity: row for identity, row in undisturbed.items() if identity[0] != "00001"}
+        assert rows_of(spark, output) == kept  # the waves after it were written
+        s3.proxy.mend()
+        run_reporting(spark, f"{s3.url}/in", output, embedder, lambda _: None)
+    finally:
+        for name in mine:
+            del environment[name]
+    assert rows_of(spark, output) == undisturbed
 
 
 def test_rows_that_somebody_deleted_come_back(spark, inputs, undisturbed, embedder, tmp_path):

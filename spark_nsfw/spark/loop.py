@@ -27,7 +27,13 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from spark_nsfw.errors import InputError, JobError, JobStoppedError, NothingToReadError
+from spark_nsfw.errors import (
+    InputError,
+    JobError,
+    JobStoppedError,
+    NothingToReadError,
+    StorageError,
+)
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_schema
 from spark_nsfw.score.recipe import Recipe
@@ -134,11 +140,7 @@ class Run:
         missing = self._missing(units)
         for _ in range(_MAX_ROUNDS):
             missing = self._settled(missing)
-            position = 0
-            while position < len(missing):
-                wave = missing[position : position + self.sizes.next]
-                self._write_wave(wave)
-                position += len(wave)
+            self._write_waves(missing)
             if not missing:
                 return
             with self._told():
@@ -152,6 +154,25 @@ class Run:
                 f"{len(missing):,} shards have no rows after {_MAX_ROUNDS} tries, such as "
                 f"{missing[0].place}: run again to resume"
             )
+
+    def _write_waves(self, units: Sequence[Unit]) -> None:
+        """Write units wave by wave.
+
+        Where one cannot be read now, the waves after its own are still written, and the run
+        fails in the end; a second such wave tells that it is the store that cannot be read.
+        """
+        unreadable, position = None, 0
+        while position < len(units):
+            wave = units[position : position + self.sizes.next]
+            try:
+                self._write_wave(wave)
+            except JobError as exc:
+                if unreadable is not None or StorageError.__name__ not in str(exc):
+                    raise
+                unreadable = exc
+            position += len(wave)
+        if unreadable is not None:
+            raise unreadable
 
     def _listed(self) -> list[Unit]:
         try:
