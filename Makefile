@@ -10,8 +10,9 @@ TESTS ?=
 demo: $(VENV)/.ready
 	$(RUN)python -m examples.demo demo
 
+# Two files of tests at a time; `pytest -m "not rapids and not cluster"` takes the quick ones.
 test: $(VENV)/.ready
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest -n 2 --dist loadfile
 
 # What the RAPIDS plugin says of the job's plans; fetches the plugin, 1 GB, from Maven Central.
 test-rapids: $(VENV)/.ready
@@ -19,7 +20,7 @@ test-rapids: $(VENV)/.ready
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.
 test-spark35 test-spark40: test-%: .%/.ready
-	PYTHONPATH=$(CURDIR)/.$*:$(CURDIR) $(RUN)python -m pytest $(TESTS)
+	PYTHONPATH=$(CURDIR)/.$*:$(CURDIR) $(RUN)python -m pytest -n 2 --dist loadfile $(TESTS)
 
 .spark35/.ready .spark40/.ready: .%/.ready: constraints-%.txt $(VENV)/.ready
 	rm -rf .$*

@@ -20,6 +20,8 @@ from test_cli import staged  # noqa: F401  # a fixture
 
 from spark_nsfw.score.download import file_sha256
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[1]
 SPARK = Path(pyspark.__file__).parent / "bin"
 LOOPBACK = {"SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}

@@ -13,6 +13,8 @@ from test_spark import core_rows  # noqa: F401  # a fixture
 
 import spark_nsfw
 
+pytestmark = pytest.mark.cluster
+
 PACKAGE = Path(spark_nsfw.__file__).parent
 WAYS = ["score_samples", "one step", "two steps", "saved", "the job"]
 WAYS += ["data source"] if pyspark.__version__ >= "4" else []

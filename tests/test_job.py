@@ -199,6 +199,7 @@ def arguments(inputs, output, detector_path):
     ]  # fmt: skip
 
 
+@pytest.mark.cluster
 def test_spark_submit_and_the_command_line_give_the_same_rows(
     spark,
     shards,
@@ -237,6 +238,7 @@ print("slots:", num_slots(spark))
 """
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(("gpus_per_task", "slots"), [("0.5", 4), ("1", 2)])
 def test_slots_are_as_many_as_cores_or_gpus_allow(tmp_path, gpus_per_task, slots):
     import pyspark
