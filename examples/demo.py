@@ -1,4 +1,4 @@
-"""From photographs to scored Parquet: ``python jobs/demo.py DIRECTORY``.
+"""From photographs to scored Parquet: ``python -m examples.demo DIRECTORY``.
 
 Makes shards of real photographs with some damaged files among them, scores them, and
 shows what came out. Real CLIP weights are used where ``CLIP_CHECKPOINT`` names a file.

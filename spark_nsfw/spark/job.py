@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -184,6 +185,7 @@ def _refuse_another_output(
     before = output.note() or {}
     before.setdefault("inputs", now["inputs"])  # notes of older outputs do not have them
     before["inputs"].setdefault("kind", now["inputs"]["kind"])
+    before, now = _with_one_name_for_s3(before), _with_one_name_for_s3(now)
     columns = [field.name for field in existing if PROVENANCE in (field.metadata or {})]
     results = recipe.result_columns
     refuse_another_note(
@@ -195,3 +197,10 @@ def _refuse_another_output(
     if not allow_changes:
         remedy = "or --overwrite to start anew, or --allow-changes to mix both"
         refuse_another_note(output.url, before, now, remedy)
+
+
+def _with_one_name_for_s3(note: dict[str, Any]) -> dict[str, Any]:
+    """A note to compare with another: ``s3://`` and ``s3a://`` are one store."""
+    inputs = note["inputs"]
+    filesystem = re.sub("^s3n?:", "s3a:", inputs.get("filesystem", ""))
+    return note | {"inputs": inputs | {"filesystem": filesystem}}
