@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 
 from pyarrow import fs
 
@@ -73,7 +73,8 @@ def iter_files(
         url: the directory, a path or URL.
         skip: told a directory's name below ``url``, says whether to leave it out; stores
             without directories ask it for files.
-        follow_links: list directories behind links, too, if they do not lead back up.
+        follow_links: list what is behind links to directories, too, if they do not lead back
+            up; else such a link is an entry itself, so that who deletes or refuses sees it.
 
     Raises:
         StorageError: it cannot be listed now.
@@ -119,8 +120,8 @@ def _iter_local_files(
                     if exc.errno in (errno.ENOENT, errno.ELOOP):
                         continue  # gone, or a link that leads nowhere
                     raise
-                if not S_ISREG(stat.st_mode):
-                    continue  # a link to a directory, or a pipe, which nobody wants to open
+                if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode)):
+                    continue  # such as a pipe, which nobody wants to open
                 yield FileEntry(name, stat.st_size, stat.st_mtime)
     except (FileNotFoundError, NotADirectoryError):
         return

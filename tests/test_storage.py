@@ -451,9 +451,8 @@ def test_links_are_not_followed_when_directories_are_deleted(tmp_path):
     (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
     delete_empty_directories(str(tmp_path / "root"))
     assert (tmp_path / "elsewhere" / "empty").is_dir()
-    assert names_in(str(tmp_path / "root")) == []
     (tmp_path / "elsewhere" / "f").write_bytes(b"")
-    assert names_in(str(tmp_path / "root")) == []
+    assert names_in(str(tmp_path / "root")) == ["link"]
     assert names_in(str(tmp_path / "root"), follow_links=True) == ["link/f"]
 
 
