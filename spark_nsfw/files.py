@@ -21,6 +21,7 @@ __all__ = [
     "FileEntry",
     "delete_empty_directories",
     "delete_files",
+    "exists",
     "files_digest",
     "find_file",
     "iter_files",
@@ -60,6 +61,19 @@ def find_file(url: str) -> FileEntry | None:
     if info.type is not fs.FileType.File:
         return None
     return FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or a directory of this name.
+
+    Raises:
+        StorageError: it cannot be looked at now.
+    """
+    filesystem, path = resolve(url)
+    try:
+        return bool(filesystem.get_file_info(path).type is not fs.FileType.NotFound)
+    except OSError as exc:
+        raise StorageError(f"{url} cannot be looked at: {exc}") from exc
 
 
 def iter_files(
@@ -245,7 +259,7 @@ def move_file(source: str, target: str) -> None:
 
 
 def files_digest(urls: Iterable[str]) -> str:
-    """A sha256 that is another one when files are: by their names, sizes and times of change.
+    """A SHA-256 of file names, sizes and modification times.
 
     Of a file that cannot be looked at from here, only the URL counts.
     """

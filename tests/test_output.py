@@ -15,7 +15,7 @@ from test_spark import collected
 
 from examples.photographs import write_photograph_shards
 from spark_nsfw.cli import main
-from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.errors import InputError, JobError, StorageError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.read.source import Unit
@@ -138,6 +138,49 @@ def test_pieces_of_one_write_belong_together(spark, finished, output):
     split_file(tasks, 2, tasks.name.replace(f"part-{number}", "part-00099"))
     assert len(MetadataFiles(str(output)).done()) == 4
     assert all_rows(spark, output) == finished[1]
+
+
+def test_pieces_that_share_a_key_or_a_row_of_the_shard_are_not_copies(output):
+    """A repeated key, or a row that stands for the shard, may be in both."""
+    file = data_file(output, "00001")
+    table = pq.read_table(file, partitioning=None)
+    keys = table["key"].to_pylist()
+    number = file.name.split("-")[1]
+    second = file.with_name(file.name.replace(f"part-{number}", "part-00099"))
+    pq.write_table(table.set_column(0, "key", [[keys[0], None, "other"]]), second)
+    assert len(MetadataFiles(str(output)).done()) == 4
+    assert second.exists()
+
+
+def test_that_a_unit_crashed_gives_way_to_its_rows(spark, finished, output):
+    file = data_file(output, "00001")
+    table = pq.read_table(file, partitioning=None).slice(0, 1)
+    position = table.schema.get_field_index("status")
+    crashed = file.with_name(f"part-00000-{OTHER_WRITE}.c000.zstd.parquet")
+    pq.write_table(table.set_column(position, "status", [["shard_crashed"]]), crashed)
+    assert min(file.name, crashed.name) == crashed.name
+    assert len(MetadataFiles(str(output)).done()) == 4
+    assert not crashed.exists()
+    assert all_rows(spark, output) == finished[1]
+
+
+def test_rows_without_what_made_them_are_not_gone_on_with(spark, inputs, output, embedder):
+    """As an --overwrite leaves them that was killed while it deleted."""
+    lose(output, "__schema__")
+    with pytest.raises(JobError, match="has rows, but not the partition shard=__schema__"):
+        score(spark, inputs, output, embedder)
+    assert len(MetadataFiles(str(output)).done()) == 4
+
+
+def test_the_columns_are_deleted_last(output, monkeypatch):
+    def delete_no_rows(urls):
+        assert not any("__schema__" in url for url in urls)
+        raise StorageError("no permission")
+
+    monkeypatch.setattr("spark_nsfw.use.metadata.delete_files", delete_no_rows)
+    with pytest.raises(StorageError):
+        MetadataFiles(str(output)).delete()
+    assert MetadataFiles(str(output)).is_begun
 
 
 def test_two_writes_that_were_made_in_different_ways_are_refused(output):
@@ -319,6 +362,16 @@ def test_overwrite_deletes_what_runs_wrote_and_nothing_else(
     assert (output / ".DS_Store").exists()
     assert (output / "shard=00000" / "._mine").exists()
     assert not stale.exists()
+
+
+@pytest.mark.parametrize("given", ["typo", "{00000..00009}.tar"])
+def test_overwrite_deletes_nothing_where_there_is_nothing_to_score(
+    spark, inputs, output, detector_path, given
+):
+    before = contents(output)
+    arguments_ = arguments(inputs / given, output, detector_path)
+    assert main(["score", *arguments_, "--overwrite", "--yes"]) == 2
+    assert contents(output) == before
 
 
 def test_deleting_leaves_no_empty_directories(output):

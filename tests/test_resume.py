@@ -92,8 +92,8 @@ def test_a_shard_that_vanishes_is_told_and_scored_once_it_is_back(
     assert {shard for shard, _ in rows} == {"00000", "00001", "00003"}
     assert sorted(key for shard, key in rows if shard == "00003") == ["000000000", "000000001"]
     assert (summary.num_shards, summary.num_samples) == (3, 8)
-    (told,) = (line for line in lines if "gone since they were listed" in line)
-    assert told.startswith("1 shards are gone")
+    (told,) = (line for line in lines if "disappeared during the run" in line)
+    assert told.startswith("1 shards disappeared")
     assert "00002.tar" in told
     (tmp_path / "00002.tar").rename(inputs / "00002.tar")
     run_reporting(spark, inputs, tmp_path / "out", embedder, lines.append)
@@ -449,7 +449,7 @@ def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
     (tmp_path / "empty").mkdir()
     stop = threading.Event()
     threading.Timer(2, stop.set).start()
-    with pytest.raises(JobStoppedError, match="stopped before there was a shard"):
+    with pytest.raises(JobStoppedError, match="stopped while waiting for the first shard"):
         run_reporting(
             spark, tmp_path / "empty", tmp_path / "out", embedder, print, stop, watch=True
         )

@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
-    from spark_nsfw.use.metadata import MetadataFiles, refuse_place
+    from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
 
     embedder = TimmImageEmbedder(
         options.model,
@@ -217,15 +217,17 @@ def _run(options: argparse.Namespace) -> int:
     # All that can be refused without Spark is refused before it starts.
     output = MetadataFiles.at(options.output)
     refuse_place(output.url, source)
+    if not options.watch:
+        refuse_names(source.units(), output.url)
     recipe.ready()
-    if options.overwrite and output.is_begun:
-        if not options.yes:
-            _ask(f"Delete {options.output} and score everything anew?")
+    replacing = options.overwrite and output.has_files
+    if replacing and not options.yes:
+        _ask(f"Delete {options.output} and score everything anew?")
+    spark = active_or_local_session()
+    if replacing:
         output.delete()
     with stop_at_signals() as stop:
-        summary = run_job(
-            active_or_local_session(), source, recipe, output.url, options=job, stop=stop
-        )
+        summary = run_job(spark, source, recipe, output.url, options=job, stop=stop)
     print(summary)
     return status_of(summary, options.max_failed)
 

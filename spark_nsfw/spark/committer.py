@@ -96,7 +96,8 @@ def committer_of(spark: SparkSession, output: str) -> Committer:
                 "fs.s3a.committer.abort.pending.uploads": "false",
             },
         )
-    if scheme in _MANIFEST_FACTORIES and has_cloud:
+    # Hadoop has them from 3.3.5 on, which Spark 3.5 is older than.
+    if scheme in _MANIFEST_FACTORIES and has_cloud and _has_class(jvm, _MANIFEST_FACTORIES[scheme]):
         return Committer(
             "the manifest committer",
             _CLOUD_SETTINGS,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
-from spark_nsfw.errors import JobStoppedError, NothingToReadError
+from spark_nsfw.errors import JobError, JobStoppedError, NothingToReadError
 from spark_nsfw.files import write_text
 from spark_nsfw.note import PROVENANCE, merged_note, refuse_another_note
 from spark_nsfw.read.source import Source, Unit
@@ -25,6 +25,7 @@ from spark_nsfw.spark.progress import Progress
 from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.summary import summarize
 from spark_nsfw.spark.types import arrow_schema, spark_schema
+from spark_nsfw.spark.waves import as_job_error
 from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.use.metadata import STATE, refuse_names, refuse_place
 from spark_nsfw.use.summary import Summary
@@ -77,7 +78,7 @@ def run_job(
     refuse_place(place.url, source)
     run = write_units(spark, source, recipe, place, options, report, stop)
     seconds = run.progress.seconds
-    with session_settings(spark, _SETTINGS):
+    with session_settings(spark, _SETTINGS), as_job_error(f"{place.url} cannot be summed up"):
         summary = replace(
             summarize(place.rows(), place.url, recipe.score_columns, len(place.done())),
             provenance=run.note,
@@ -102,14 +103,16 @@ def write_units(
     units = _first_units(source, options, stop)
     refuse_names(units, output.url)
     # A task has run after this: at least one executor is there to count slots by.
-    recipe = recipe.ready(device=device_kind(spark, recipe.device))
+    with as_job_error("Spark cannot run the package's code on its workers"):
+        kind = device_kind(spark, recipe.device)
+    recipe = recipe.ready(device=kind)
     with session_settings(spark, _SETTINGS):
         run = _begin(spark, source, recipe, output, options, stop, units, report)
         run.progress.watch(spark)
         try:
             run.write_difference(units)
             if options.watch:
-                run.keep_watching()
+                run.keep_watching(units)
         finally:
             run.progress.finish()
     if not run.progress.num_waves:
@@ -131,7 +134,7 @@ def _first_units(source: Source, options: JobOptions, stop: threading.Event) -> 
             if not options.watch:
                 raise
             if stop.wait(STOP_POLL_SECONDS):
-                raise JobStoppedError("stopped before there was a shard") from exc
+                raise JobStoppedError("stopped while waiting for the first shard") from exc
 
 
 def _begin(
@@ -151,6 +154,11 @@ def _begin(
     """
     note = merged_note(recipe.describe(), source.describe())
     existing = output.schema()
+    if existing is None and output.done():
+        raise JobError(
+            f"{output.url} has rows, but not the partition shard=__schema__ that says what made "
+            "them: --overwrite deletes them and starts anew"
+        )
     if existing is None:
         columns = spark_schema(metadata_schema(source.schema(), recipe.result_fields))
         output.begin(noted_schema(columns, recipe.result_columns, note), note)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -34,6 +34,7 @@ from spark_nsfw.errors import (
     NothingToReadError,
     StorageError,
 )
+from spark_nsfw.files import exists
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_schema
 from spark_nsfw.score.recipe import Recipe
@@ -54,7 +55,7 @@ _TASKS_PER_SLOT = 8
 #: How often a run scores units whose rows do not turn up.
 _MAX_ROUNDS = 3
 
-#: Seconds between two looks at whether to stop, and at what has come, at least.
+#: Seconds between looks for a request to stop, and, at least, for new units.
 STOP_POLL_SECONDS = 0.5
 _WATCH_SECONDS = 5.0
 
@@ -113,8 +114,11 @@ class Run:
         self.counts = None if context is None else context.accumulator(Counter(), StatusCounts())
         self.num_set_aside = 0
 
-    def keep_watching(self) -> None:
+    def keep_watching(self, units: Sequence[Unit]) -> None:
         """Write units as they arrive, until stopped.
+
+        Args:
+            units: those that are known.
 
         Raises:
             JobStoppedError: stopped while there were some left.
@@ -122,11 +126,10 @@ class Run:
         pause = _WATCH_SECONDS
         while not self.stop.wait(pause):
             began = time.monotonic()
-            units = self._listed()
+            units = self._look(units)
             pause = max(_WATCH_SECONDS, 10 * (time.monotonic() - began))
             self.write_difference(units)
-        missing = self._missing(self._listed())
-        if missing:
+        if self._missing(self._look(units)):
             raise self._stopped()
 
     def write_difference(self, units: Sequence[Unit]) -> None:
@@ -151,7 +154,7 @@ class Run:
                 missing = self._still_there(missing)
         if missing:
             raise JobError(
-                f"{len(missing):,} shards have no rows after {_MAX_ROUNDS} tries, such as "
+                f"{len(missing):,} shards still have no rows after {_MAX_ROUNDS} tries, including "
                 f"{missing[0].place}: run again to resume"
             )
 
@@ -174,11 +177,15 @@ class Run:
         if unreadable is not None:
             raise unreadable
 
-    def _listed(self) -> list[Unit]:
+    def _look(self, known: Sequence[Unit]) -> Sequence[Unit]:
+        """The units that are there now, or those that are known where they cannot be listed."""
         try:
             units = self.source.units()
-        except NothingToReadError:
-            return []
+        except NothingToReadError:  # one of several that were named is enough for it
+            return known
+        except StorageError as exc:
+            self.progress.say(f"the input cannot be listed now, trying again: {exc}")
+            return known
         refuse_names(units, self.output.url)
         return units
 
@@ -195,16 +202,16 @@ class Run:
         return [unit for unit in units if unit.modified_seconds <= latest]
 
     def _still_there(self, missing: Sequence[Unit]) -> list[Unit]:
-        """Those of some units that are still listed; the others are told."""
-        names = {unit.name for unit in self._listed()}
-        gone = [unit.place for unit in missing if unit.name not in names]
+        """Those of some units that are still there; the others are told."""
+        there = [unit for unit in missing if exists(unit.place)]
+        gone = [unit for unit in missing if unit not in there]
         if gone:
             self.progress.say(
-                f"{len(gone):,} shards are gone since they were listed, such as {gone[0]}: "
-                "they have no rows"
+                f"{len(gone):,} shards disappeared during the run, such as {gone[0].place}, and "
+                "were not scored"
             )
-            self.progress.forget(unit.name for unit in missing if unit.name not in names)
-        return [unit for unit in missing if unit.name in names]
+            self.progress.forget(unit.name for unit in gone)
+        return there
 
     def _write_wave(self, units: Sequence[Unit]) -> None:
         if self.stop.is_set():
@@ -227,7 +234,7 @@ class Run:
         try:
             with self._cancelled_when_stopped():
                 yield
-        except (PySparkException, Py4JJavaError) as exc:
+        except (PySparkException, Py4JError) as exc:
             if self.stop.is_set():
                 raise self._stopped() from exc
             raise JobError(f"a wave of shards failed, run again to resume: {reason(exc)}") from exc
@@ -246,6 +253,8 @@ class Run:
                 if self.stop.is_set():
                     context.cancelJobGroup(group)
 
+        names = ("spark.jobGroup.id", "spark.job.description", "spark.job.interruptOnCancel")
+        before = {name: context.getLocalProperty(name) for name in names}
         context.setJobGroup(group, "spark-nsfw: a wave of shards", interruptOnCancel=True)
         watcher = threading.Thread(target=cancel, daemon=True)
         watcher.start()
@@ -254,9 +263,8 @@ class Run:
         finally:
             finished.set()
             watcher.join()
-            context.setLocalProperty("spark.jobGroup.id", None)
-            context.setLocalProperty("spark.job.description", None)
-            context.setLocalProperty("spark.job.interruptOnCancel", None)
+            for name, value in before.items():
+                context.setLocalProperty(name, value)
 
     def _stopped(self) -> JobStoppedError:
         return JobStoppedError(
@@ -275,11 +283,13 @@ class Run:
 
     def _set_aside(self, unit: Unit, error: str) -> None:
         """Write one row for a unit that kills its worker."""
+        if not self._missing([unit]):
+            return  # another run had better luck
         columns = spark_schema(metadata_schema(self.schema, self.recipe.result_fields))
         row = {
             SHARD: unit.name,
             STATUS: Status.SHARD_CRASHED.value,
-            ERROR_MESSAGE: f"every worker that read it died: {error}",
+            ERROR_MESSAGE: f"every Python worker that read this shard died: {error}",
         }
         values = tuple(row.get(name) for name in columns.names)
         rows = self.spark.createDataFrame([values], columns).coalesce(1)

@@ -58,7 +58,9 @@ def metadata_rows(
     result = spark_schema(metadata_schema(schema, recipe.result_fields))
     if plan == "dataframe" and recipe.embedder is not None:
         samples = sample_rows(spark, units, source, schema, num_tasks=num_tasks, counts=counts)
-        return score_column(samples, recipe, identity, counts).select(result.names)
+        return score_column(samples, recipe, identity, counts).select(
+            *(f"`{name}`" for name in result.names)
+        )
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = worker_scorer(recipe, identity)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from pyspark.sql import SparkSession
 
@@ -70,24 +71,37 @@ def _terminations_ignored() -> Iterator[None]:
 class session_settings:  # noqa: N801  # reads as a verb at its call sites
     """Runtime settings of a session for the length of a with block.
 
+    Threads may share a session: the last block that ends puts back what was set before.
+
     Args:
         spark: the session.
         settings: values by name; names that this Spark lacks are fine.
     """
 
+    #: Session and name → how many blocks have it set, and what it was before the first.
+    _held: ClassVar[dict[tuple[int, str], tuple[int, str | None]]] = {}
+    _lock = threading.RLock()
+
     def __init__(self, spark: SparkSession, settings: dict[str, str]) -> None:
         self._spark = spark
         self._settings = settings
-        self._before: dict[str, str | None] = {}
 
     def __enter__(self) -> None:
-        for name, value in self._settings.items():
-            self._before[name] = self._spark.conf.get(name, None)
-            self._spark.conf.set(name, value)
+        with self._lock:
+            for name, value in self._settings.items():
+                number, before = self._held.get(
+                    (id(self._spark), name), (0, self._spark.conf.get(name, None))
+                )
+                self._held[id(self._spark), name] = number + 1, before
+                self._spark.conf.set(name, value)
 
     def __exit__(self, *_: object) -> None:
-        for name, value in self._before.items():
-            if value is None:
-                self._spark.conf.unset(name)
-            else:
-                self._spark.conf.set(name, value)
+        with self._lock:
+            for name in self._settings:
+                number, before = self._held.pop((id(self._spark), name))
+                if number > 1:
+                    self._held[id(self._spark), name] = number - 1, before
+                elif before is None:
+                    self._spark.conf.unset(name)
+                else:
+                    self._spark.conf.set(name, before)

@@ -86,7 +86,8 @@ def score_column(
     """
     results = recipe.result_columns
     scored = samples.withColumn("_scored", _score_udf(recipe, identity, counts)(F.col(IMAGE)))
-    own = [name for name in samples.columns if name not in (IMAGE, STATUS, ERROR_MESSAGE, *results)]
+    replaced = {name.casefold() for name in (IMAGE, STATUS, ERROR_MESSAGE, *results)}
+    own = [name for name in samples.columns if name.casefold() not in replaced]
     status, message = F.col(f"_scored.{STATUS}"), F.col(f"_scored.{ERROR_MESSAGE}")
     if STATUS in samples.columns:  # what the reader found comes first
         unread = F.col(STATUS) != Status.OK.value

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 
 from spark_nsfw.errors import JobError
 from spark_nsfw.read.source import Unit
 
-__all__ = ["Crashes", "WaveSizes", "reason", "write_apart"]
+__all__ = ["Crashes", "WaveSizes", "as_job_error", "reason", "write_apart"]
 
 #: What Spark says when a Python worker or its executor died, or had no memory left.
 _CRASH = re.compile(
     r"Python worker exited unexpectedly|ExecutorLostFailure|\b(_Array)?MemoryError\b"
 )
 
-#: So many units are not to blame, if nothing else of a run could be written before them.
+#: This many crashes before anything is written point to the cluster, not to the units.
 _MAX_CRASHES_AT_FIRST = 4
 
 #: A wave takes about so long. Its end leaves slots idle while the last units finish; its
@@ -134,6 +138,19 @@ def write_apart(
                 write_apart(part, write, missing, crashes)
     else:
         crashes.written()
+
+
+@contextmanager
+def as_job_error(what: str) -> Iterator[None]:
+    """Spark's errors inside become a `JobError` of one line.
+
+    Args:
+        what: what could not be done.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JError) as exc:
+        raise JobError(f"{what}: {reason(exc)}") from exc
 
 
 def reason(error: BaseException) -> str:

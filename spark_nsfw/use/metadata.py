@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from spark_nsfw.files import (
 )
 from spark_nsfw.note import note_in, same_note
 from spark_nsfw.read.source import Source, Unit
-from spark_nsfw.schema import KEY, SHARD
+from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.storage import absolute, hadoop_path, ignores_case, open_input, resolve
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "refuse_names",
     "refuse_place",
 ]
+
+_log = logging.getLogger(__name__)
 
 #: The partition that holds no rows. Readers guess the type of partition values: where
 #: every shard has a number for a name they would read ``00000`` as 0. One name that is
@@ -127,6 +130,11 @@ class MetadataFiles:
         }
 
     @property
+    def has_files(self) -> bool:
+        """Whether there is anything that a run has written."""
+        return any(_OURS.match(entry.name) for entry in iter_files(self.url))
+
+    @property
     def is_begun(self) -> bool:
         """Whether a run has written the columns of this output."""
         return self._schema_file() is not None
@@ -189,15 +197,17 @@ class MetadataFiles:
             name
             for unit, files in units.items()
             if len(files) > 1
-            for name in self._doubled(unit, sorted(file.name for file in files))
+            for name in self._doubled(unit, files)
         ]
         if doubled:
             crcs = [re.sub(r"([^/]+)\Z", r".\1.crc", name) for name in doubled]
             delete_files([self._url_of(name) for name in (*doubled, *crcs)])
         return set(units)
 
-    def _doubled(self, unit: str, names: list[str]) -> Iterator[str]:
+    def _doubled(self, unit: str, files: list[FileEntry]) -> Iterator[str]:
         """Of a unit's files, those that hold its rows a second time."""
+        # That a unit crashed for one run gives way to the rows that another one made of it.
+        names = sorted((file.name for file in files), key=lambda n: (self._is_set_aside(n), n))
         kept_write, kept_keys = "", None
         first = names[0]
         kept_splits: set[str] = set()
@@ -214,15 +224,25 @@ class MetadataFiles:
                 if kept_keys is None:
                     kept_keys = self._keys(first)
                 keys = self._keys(name)
-                if keys & kept_keys:
+                if keys and keys <= kept_keys:
                     yield name
                 else:
                     kept_keys |= keys
                     kept_splits.add(split)
 
-    def _keys(self, name: str) -> set[str | None]:
+    def _column(self, name: str, column: str) -> list[Any]:
+        """The values of a column of a file; none if it has no such column."""
         with open_input(self._url_of(name)) as stream:
-            return set(pq.read_table(stream, columns=[KEY], partitioning=None)[KEY].to_pylist())
+            file = pq.ParquetFile(stream)
+            if column not in file.schema_arrow.names:
+                return []
+            return list(file.read([column])[column].to_pylist())
+
+    def _keys(self, name: str) -> set[str]:
+        return {key for key in self._column(name, KEY) if key is not None}
+
+    def _is_set_aside(self, name: str) -> bool:
+        return self._column(name, STATUS) == [Status.SHARD_CRASHED.value]
 
     def _refuse_other_note(self, unit: str, *names: str) -> None:
         notes = []
@@ -238,8 +258,11 @@ class MetadataFiles:
     def delete_attempt(self, attempt: int) -> None:
         """Delete the temporary directory of one write of our own."""
         filesystem, path = resolve(self._url_of(f"_temporary/{attempt}"))
-        if filesystem.get_file_info(path).type is fs.FileType.Directory:
-            filesystem.delete_dir(path)
+        try:
+            if filesystem.get_file_info(path).type is fs.FileType.Directory:
+                filesystem.delete_dir(path)
+        except OSError as exc:  # a task that was cancelled may still be writing there
+            _log.warning("%s/_temporary/%d was left behind: %s", self.url, attempt, exc)
 
     def delete(self) -> None:
         """Delete the files of ours by their names, and the directories that are empty then.
@@ -258,8 +281,9 @@ class MetadataFiles:
                     "is deleted. Move them elsewhere first, or give another output"
                 )
         # The columns go last: until then the rest can be told to be an output's.
-        ours.sort(key=lambda name: name.startswith(f"{SHARD}={SCHEMA_PARTITION}/"))
-        delete_files([self._url_of(name) for name in ours])
+        columns = [n for n in ours if n.startswith(f"{SHARD}={SCHEMA_PARTITION}/")]
+        for some in (sorted({*ours} - {*columns}), columns):
+            delete_files([self._url_of(name) for name in some])
         delete_empty_directories(self.url)
 
 
@@ -290,7 +314,7 @@ def refuse_foreign_files(output: str) -> None:
     for entry in iter_files(output):
         if not _is_hidden(entry.name) and not _OURS.match(entry.name):
             raise InputError(
-                f"{output} is no output of spark-nsfw and has files in it, such as "
+                f"{output} contains files that spark-nsfw did not write, such as "
                 f"{entry.name}: give a directory of its own"
             )
 
@@ -306,7 +330,11 @@ def refuse_names(units: Iterable[Unit], output: str) -> None:
     no_dots = output.startswith(("abfs:", "abfss:"))
     place_of: dict[str, str] = {}
     for unit in units:
-        length = len(f"{SHARD}={unit.name}".encode()) + 2 * len(_ESCAPED.findall(unit.name))
+        try:
+            name = f"{SHARD}={unit.name}".encode()
+        except UnicodeEncodeError as exc:
+            raise InputError(f"{unit.place!r}: its name is not UTF-8, rename it") from exc
+        length = len(name) + 2 * len(_ESCAPED.findall(unit.name))
         if length > _MAX_NAME_BYTES:
             raise InputError(
                 f"{unit.place}: its partition {SHARD}=… would have a name of {length} bytes, and "

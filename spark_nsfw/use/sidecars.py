@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from spark_nsfw.files import move_file
+from spark_nsfw.files import exists, move_file
 from spark_nsfw.note import note_in
 from spark_nsfw.read.source import Unit
 from spark_nsfw.storage import open_input, resolve
@@ -39,7 +40,8 @@ def move_beside_shards(staging: str, units: Sequence[Unit]) -> None:
         if not _is_ours_or_absent(sidecar):
             filesystem, path = resolve(f"{directory}/{_REPLACED}")
             filesystem.create_dir(path)
-            move_file(sidecar, f"{directory}/{_REPLACED}/{name}")
+            copies = (f"{directory}/{_REPLACED}/{name}" + f".{n}" * (n > 0) for n in count())
+            move_file(sidecar, next(copy for copy in copies if not exists(copy)))
         move_file(file, sidecar)
 
     with ThreadPoolExecutor(16) as pool:
