@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pyspark
 from pyspark.sql import SparkSession
+
+sys.path.append(str(Path(__file__).parents[1]))  # for the examples; not for Spark's workers
 from scoring import score_into
 from test_spark import collected
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
+
+sys.path.append(str(Path(__file__).parents[1]))  # for the examples
 from scoring import score_into
 
 from examples.photographs import write_photograph_shards
