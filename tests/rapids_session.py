@@ -6,6 +6,7 @@ plugin is chosen when a JVM starts, and the other tests' session has none.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.plans import metadata_rows
+
+#: What Spark says where no repository has the plugin.
+CANNOT_BE_HAD = re.compile("unresolved dependency|Server access error|download failed")
 
 PLUGIN = "com.nvidia:rapids-4-spark_2.13:26.08.1"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
-from rapids_session import COLUMN_TYPES, PLUGIN, rapids_settings
+from rapids_session import CANNOT_BE_HAD, COLUMN_TYPES, PLUGIN, rapids_settings
 
 pytestmark = [
     pytest.mark.rapids,
@@ -48,7 +48,7 @@ def session(tmp_path_factory, detector_path):
         env=os.environ | {"PYSPARK_PYTHON": sys.executable},
     )  # fmt: skip
     log = done.stderr + done.stdout
-    if re.search(r"unresolved dependency|Server access error|download failed", log):
+    if CANNOT_BE_HAD.search(log):
         pytest.skip(f"{PLUGIN} cannot be had from a Maven repository here")
     assert done.returncode == 0, log[-5000:]
     return json.loads((directory / "report.json").read_text()), log
