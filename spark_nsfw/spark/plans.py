@@ -55,7 +55,6 @@ def metadata_rows(
         counts: an accumulator of `StatusCounts`; None counts nothing.
     """
     identity = recipe_identity(recipe)
-    result = spark_schema(metadata_schema(schema, recipe.result_fields))
     if plan == "dataframe" and recipe.embedder is not None:
         samples = sample_rows(spark, units, source, schema, num_tasks=num_tasks, counts=counts)
         return score_column(samples, recipe, identity, counts).select(
@@ -68,4 +67,6 @@ def metadata_rows(
             count_rows(batch, counts)
             yield batch
 
-    return unit_numbers(spark, units, num_tasks).mapInArrow(score, result)
+    return unit_numbers(spark, units, num_tasks).mapInArrow(
+        score, spark_schema(metadata_schema(schema, recipe.result_fields))
+    )

@@ -111,11 +111,7 @@ def write_output_shard(
                     found.append(row)
                     new_keys.append(new_key)
                     for member in run:
-                        new_name = new_key + member.name[len(key) :]
-                        try:
-                            tar.copy(source, member, new_name)
-                        except StorageError as exc:
-                            raise StorageError(f"{shard_urls[piece.shard]}: {exc}") from exc
+                        tar.copy(source, member, new_key + member.name[len(key) :])
             table = _sidecar_rows(
                 rows.take(pa.array(found, pa.int64())), new_keys, piece.shard, shard.name, options
             )
