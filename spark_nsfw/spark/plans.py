@@ -57,9 +57,7 @@ def metadata_rows(
     identity = recipe_identity(recipe)
     if plan == "dataframe" and recipe.embedder is not None:
         samples = sample_rows(spark, units, source, schema, num_tasks=num_tasks, counts=counts)
-        return score_column(samples, recipe, identity, counts).select(
-            *(f"`{name}`" for name in result.names)
-        )
+        return score_column(samples, recipe, identity, counts)
 
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = worker_scorer(recipe, identity)
