@@ -79,7 +79,8 @@ def test_fused_plan_everything_from_the_python_exec_to_the_parquet_write_is_on_t
 def test_dataframe_plan_everything_but_the_execs_that_carry_bytes_is_on_the_gpu(session):
     wave = wave_of(session[1], "dataframe")
     assert operators(wave) == [
-        *WRITE, ("!", "ArrowEvalPythonExec"), ("!", "MapInArrowExec"), ("*", "RangeExec"),
+        *WRITE, ("*", "ProjectExec"), ("!", "ArrowEvalPythonExec"), ("!", "MapInArrowExec"),
+        ("*", "RangeExec"),
     ]  # fmt: skip
     for line in wave.splitlines():
         if line.lstrip().startswith(("!Exec <Arrow", "!Exec <Map")):
