@@ -19,6 +19,9 @@ from spark_nsfw.score.laion import DETECTORS
 from spark_nsfw.score.nsfw import NsfwDetector
 from spark_nsfw.spark.session import active_or_local_session
 
+#: Says that a directory is a demo's own, whose shards and metadata the next one may replace.
+MARKER = ".spark_nsfw_demo"
+
 
 def make_shards(directory: Path) -> None:
     """Three whole shards, one that was cut off in transit, and one of damaged samples."""
@@ -59,6 +62,12 @@ def detector_arguments(directory: Path) -> list[str]:
 def run(directory: Path) -> int:
     """Make, score, show."""
     shards, output = directory / "shards", directory / "metadata"
+    marker = directory / MARKER
+    if directory.exists() and any(directory.iterdir()) and not marker.exists():
+        print(f"{directory} has files that no demo made: give another directory", file=sys.stderr)
+        return 2
+    directory.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     for left_over in (shards, output):
         shutil.rmtree(left_over, ignore_errors=True)
     make_shards(shards)
