@@ -84,7 +84,7 @@ def steps(shards: list[tuple[str, str]], scorer: Scorer) -> list[tuple[str, floa
     embedder, size = scorer.passes.embedder, scorer.passes.embedder.image_size
     images = [s.members["jpg"] for path, _ in shards for s in iter_samples(path)]
     batches = list(iter_sample_rows(shards, SampleOptions()))
-    tower = embedder.load_embedding_model("cpu")
+    tower = embedder.tower("cpu")
     pixels = torch.randint(0, 256, (CPU_BLOCK_IMAGES, size, size, 3), dtype=torch.uint8)
     (classifier,) = scorer.passes.classifiers
     metadata = pa.Table.from_batches(scorer.score_rows(batches))

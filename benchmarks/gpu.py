@@ -72,7 +72,7 @@ def forward_rates(options: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     reference = None
     for precision, compiled in [(p, c) for p in options.precisions for c in options.compile]:
-        tower = embedder(options, precision, 1).load_embedding_model(options.device)
+        tower = embedder(options, precision, 1).tower(options.device)
         if compiled:
             tower.network = torch.compile(tower.network)
         rate = matrix_rate(precision, options.device, MATRIX_SIDE if on_gpu else 512)

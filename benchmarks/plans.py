@@ -35,8 +35,9 @@ from spark_nsfw import (
     score_samples,
 )
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.spark.reader import shard_paths
-from spark_nsfw.spark.udf import score_shards
+from spark_nsfw.read.shards import ShardSource
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.plans import metadata_rows
 
 BATCH_SIZE = 64
 #: Rounds that do not count: processes start, models load, the JVM compiles.
@@ -148,9 +149,12 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
         .getOrCreate()
     )
     spark.sparkContext.setLogLevel("OFF")
-    inputs = ShardInputs.parse(str(directory))
-    paths = shard_paths(spark, inputs)
+    source = ShardSource(ShardInputs.parse(str(directory)), columns=())
+    units = source.units()
+    places = [(unit.place,) for unit in units]
+    paths = spark.createDataFrame(places, "path string").repartition(len(places))
     ours = embedder(detector, 1)
+    recipe = Recipe.of(ours, device="cpu").ready()
 
     def predict() -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         from PIL import Image
@@ -210,7 +214,7 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
 
     return {
         "b: fused plan": through(
-            lambda: score_shards(paths, inputs, SampleOptions(), ours, device="cpu")
+            lambda: metadata_rows(spark, units, source, recipe, source.schema())
         ),
         "c: DataFrame plan": through(
             lambda: score_samples(

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from spark_nsfw.schema import Status
     from spark_nsfw.score.aesthetic import AestheticClassifier
     from spark_nsfw.score.classifier import ImageClassifier
-    from spark_nsfw.score.embedder import TimmImageEmbedder
+    from spark_nsfw.score.embedder import ImageEmbedder
     from spark_nsfw.score.nsfw import NsfwClassifier
+    from spark_nsfw.score.open_nsfw import OpenNsfwClassifier
+    from spark_nsfw.score.pixel_classifier import PixelClassifier
+    from spark_nsfw.score.pixels import Transform
     from spark_nsfw.score.scorer import Scorer
+    from spark_nsfw.score.timm_classifier import TimmImageClassifier
+    from spark_nsfw.score.timm_embedder import TimmImageEmbedder
     from spark_nsfw.spark.datasource import register_webdataset
     from spark_nsfw.spark.reader import read_webdataset
     from spark_nsfw.spark.udf import nsfw_udf, score_samples
@@ -26,13 +31,18 @@ if TYPE_CHECKING:
 _MODULES = {
     "AestheticClassifier": "score.aesthetic",
     "ImageClassifier": "score.classifier",
+    "ImageEmbedder": "score.embedder",
     "ImageTextPairDataset": "dataset",
     "NsfwClassifier": "score.nsfw",
+    "OpenNsfwClassifier": "score.open_nsfw",
+    "PixelClassifier": "score.pixel_classifier",
     "SampleOptions": "read.shards",
     "Scorer": "score.scorer",
     "SparkNsfwError": "errors",
     "Status": "schema",
-    "TimmImageEmbedder": "score.embedder",
+    "TimmImageClassifier": "score.timm_classifier",
+    "TimmImageEmbedder": "score.timm_embedder",
+    "Transform": "score.pixels",
     "iter_sample_batches": "read.shards",
     "iter_sample_rows": "read.shards",
     "nsfw_udf": "spark.udf",
@@ -44,13 +54,18 @@ _MODULES = {
 __all__ = [
     "AestheticClassifier",
     "ImageClassifier",
+    "ImageEmbedder",
     "ImageTextPairDataset",
     "NsfwClassifier",
+    "OpenNsfwClassifier",
+    "PixelClassifier",
     "SampleOptions",
     "Scorer",
     "SparkNsfwError",
     "Status",
+    "TimmImageClassifier",
     "TimmImageEmbedder",
+    "Transform",
     "iter_sample_batches",
     "iter_sample_rows",
     "nsfw_udf",

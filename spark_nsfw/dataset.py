@@ -18,7 +18,8 @@ from spark_nsfw.read.shards import SampleOptions, ShardSource
 from spark_nsfw.read.source import Unit
 from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.score.classifier import ImageClassifier
-from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.job import JobOptions, write_units
@@ -53,8 +54,8 @@ class ImageTextPairDataset:
         id_col: str,
         spark: SparkSession,
         captions: bool = False,
-        embedder: TimmImageEmbedder | None = None,
-        classifiers: Sequence[ImageClassifier] = (),
+        embedder: ImageEmbedder | None = None,
+        classifiers: Sequence[Detector[Any]] = (),
     ) -> None:
         self.path = path
         self.id_col = id_col
@@ -101,16 +102,15 @@ class ImageTextPairDataset:
 
     @cached_property
     def _source(self) -> ShardSource:
-        images = self.embedder is not None
+        images = Recipe(self.embedder, self.classifiers).reads_images
         options = SampleOptions(captions=self.captions, id_col=self.id_col, images=images)
         return ShardSource(self._inputs, options)
 
     @cached_property
     def _recipe(self) -> Recipe:
         """What is computed, ready; without an embedder only what is known of the classifiers."""
-        if self.embedder is None:
-            return Recipe(None, self.classifiers)
-        return Recipe.of(self.embedder, self.classifiers).ready(device=device_kind(self.spark))
+        recipe = Recipe(self.embedder, self.classifiers)
+        return recipe.ready(device=device_kind(self.spark)) if recipe.reads_images else recipe
 
     @property
     def metadata(self) -> DataFrame:
@@ -127,9 +127,9 @@ class ImageTextPairDataset:
 
     def _rows(self, units: Sequence[Unit]) -> DataFrame:
         schema = self._source.schema()
-        if self.embedder is None:
+        if not self._recipe.reads_images:
             rows = sample_rows(self.spark, units, self._source, schema, images=False)
-            return score_embeddings(rows, self.classifiers) if self.classifiers else rows
+            return score_embeddings(rows, self._recipe.heads) if self.classifiers else rows
         rows = metadata_rows(self.spark, units, self._source, self._recipe, schema)
         return with_note(rows, self._recipe.result_columns, self._note)
 
@@ -137,7 +137,7 @@ class ImageTextPairDataset:
     def _note(self) -> dict[str, Any]:
         return merged_note(self._recipe.describe(), self._source.describe())
 
-    def with_embedder(self, embedder: TimmImageEmbedder) -> ImageTextPairDataset:
+    def with_embedder(self, embedder: ImageEmbedder) -> ImageTextPairDataset:
         """The same dataset, embedded, and scored by the embedder's classifiers.
 
         Raises:
@@ -149,7 +149,7 @@ class ImageTextPairDataset:
             self.path, self.id_col, self.spark, self.captions, embedder, embedder.classifiers
         )
 
-    def with_classifier(self, classifier: ImageClassifier) -> ImageTextPairDataset:
+    def with_classifier(self, classifier: Detector[Any]) -> ImageTextPairDataset:
         """The same dataset, scored.
 
         Embeddings that are yet to be computed are classified in the same pass; without
@@ -164,6 +164,11 @@ class ImageTextPairDataset:
             (*self.classifiers, classifier),
         )
         if self._metadata is not None:
+            if not isinstance(classifier, ImageClassifier):
+                raise InputError(
+                    f"{type(classifier).__name__} looks at images: call it before the dataset's "
+                    "metadata is set"
+                )
             dataset.metadata = score_embeddings(self._metadata, [classifier])
         return dataset
 
@@ -224,7 +229,7 @@ class ImageTextPairDataset:
         return note
 
     def _write(self, output: ParquetOutput, columns: Sequence[str] | None) -> None:
-        if self._metadata is None and self.embedder is not None and columns is None:
+        if self._metadata is None and self._recipe.reads_images and columns is None:
             options = JobOptions(plan="fused")
             write_units(self.spark, self._source, self._recipe, output, options)
             return

@@ -14,6 +14,7 @@ import pyarrow as pa
 __all__ = [
     "CAPTION",
     "CONTRACT_COLUMNS",
+    "EMBEDDING_NORM",
     "ERROR_MESSAGE",
     "EXTRA_JSON",
     "IMAGE",
@@ -22,7 +23,6 @@ __all__ = [
     "STATUS",
     "Status",
     "metadata_schema",
-    "result_fields",
     "sample_schema",
 ]
 
@@ -33,6 +33,9 @@ ERROR_MESSAGE = "error_message"
 IMAGE = "image"
 CAPTION = "caption"
 EXTRA_JSON = "extra_json"
+
+#: L2 norm (float32) of CLIP's projection before it was normalised to the embedding.
+EMBEDDING_NORM = "embedding_norm"
 
 #: Names that a shard's own columns may not take; theirs get the prefix ``source_``.
 CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)
@@ -46,6 +49,7 @@ class Status(str, Enum):
     IMAGE_UNDECODABLE = "image_undecodable"
     IMAGE_OVERSIZED = "image_oversized"
     EMBEDDING_INVALID = "embedding_invalid"
+    SCORE_INVALID = "score_invalid"
     MEMBER_DUPLICATED = "member_duplicated"
     MEMBER_OVERSIZED = "member_oversized"
     MEMBER_TRUNCATED = "member_truncated"
@@ -81,14 +85,6 @@ def sample_schema(*, captions: bool = False, passthrough: Iterable[pa.Field] = (
             pa.field(IMAGE, pa.binary()),
         ]
     )
-
-
-def result_fields(embedding_column: str | None, score_columns: Sequence[str]) -> list[pa.Field]:
-    """The columns that scoring adds: one embedding (N, D) and one score (N,) each, float32."""
-    fields = [pa.field(column, pa.float32()) for column in score_columns]
-    if embedding_column is not None:
-        fields.insert(0, pa.field(embedding_column, pa.list_(pa.float32())))
-    return fields
 
 
 def metadata_schema(samples: pa.Schema, results: Sequence[pa.Field]) -> pa.Schema:

@@ -20,7 +20,7 @@ class Gate(ImageClassifier):
     """Leaves a file for each shard that it scores, and lets only so many pass."""
 
     def __init__(self, calls=None, limit=0):
-        super().__init__("gate")
+        super().__init__("gate", pred_column="gate")
         self._calls = calls
         self._limit = limit
 

@@ -300,13 +300,13 @@ def test_a_file_that_changes_after_it_was_settled_is_refused(tmp_path, aesthetic
 def test_several_classifiers_cost_one_pass_of_the_tower(
     shards, detector_path, aesthetic_path, monkeypatch
 ):
-    forward, num_images = Tower.forward, []
+    forward, num_images = Tower.with_norms, []
 
     def counting(tower, pixels):
         num_images.append(len(pixels))
         return forward(tower, pixels)
 
-    monkeypatch.setattr(Tower, "forward", counting)
+    monkeypatch.setattr(Tower, "with_norms", counting)
     classifiers = [
         NsfwClassifier(model_path=detector_path),
         AestheticClassifier(model_path=aesthetic_path),
@@ -323,7 +323,7 @@ def test_several_classifiers_cost_one_pass_of_the_tower(
 
 def documented_classifier():
     """The class in the docstring of `ImageClassifier`, as it stands there."""
-    example = inspect.getdoc(ImageClassifier).partition("::\n")[2].partition("Args:")[0]
+    example = inspect.getdoc(ImageClassifier).partition("::\n")[2].partition("\nIts arguments")[0]
     names = {"ImageClassifier": ImageClassifier, "nn": nn}
     exec(inspect.cleandoc(example), names)
     assert example.strip().count("\n") < 10
@@ -349,7 +349,7 @@ def test_the_documented_classifier_of_ones_own_works(tmp_path, detector_path):
 def test_a_classifier_without_a_file():
     class BrightnessClassifier(ImageClassifier):
         def __init__(self):
-            super().__init__(pred_column="brightness", embedding_size=4)
+            super().__init__("brightness", embedding_size=4)
 
         def load_model(self, device):
             model = nn.Linear(4, 1, bias=False)

@@ -29,8 +29,8 @@ from spark_nsfw.errors import (
 )
 from spark_nsfw.score.checkpoint import load_state_dict
 from spark_nsfw.score.download import download, file_sha256, local_file
-from spark_nsfw.score.embedder import RANDOM_SEED
 from spark_nsfw.score.pixels import decode_image
+from spark_nsfw.score.timm_embedder import RANDOM_SEED
 
 B32 = "vit_base_patch32_clip_quickgelu_224.openai"
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_tower_is_refused_with_the_tensors_that_do_not_f
     model = open_clip.create_model("ViT-B-16-quickgelu")
     path = write_checkpoint(model, tmp_path, "open_clip")
     with pytest.raises(WeightsMismatchError, match=r"pos_embed has shape|patch_embed"):
-        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).tower("cpu")
 
 
 def test_a_checkpoint_for_another_resolution_is_refused_not_resized(tmp_path):
@@ -155,7 +155,7 @@ def test_a_checkpoint_for_another_resolution_is_refused_not_resized(tmp_path):
     model = open_clip.create_model("ViT-B-32-quickgelu", force_image_size=256)
     path = write_checkpoint(model, tmp_path, "open_clip")
     with pytest.raises(WeightsMismatchError, match="pos_embed"):
-        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).tower("cpu")
 
 
 def test_a_checkpoint_without_the_projection_is_refused(tmp_path):
@@ -165,14 +165,14 @@ def test_a_checkpoint_without_the_projection_is_refused(tmp_path):
         "test_vit2", checkpoint_path=str(tmp_path / "x.safetensors"), embedding_size=768
     )
     with pytest.raises(WeightsMismatchError, match=r"missing head\.weight"):
-        embedder.load_embedding_model("cpu")
+        embedder.tower("cpu")
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path, clip_b32):
     path = write_checkpoint(clip_b32, tmp_path, "open_clip_safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(WeightsError, match="cannot be read as a checkpoint"):
-        TimmImageEmbedder(B32, checkpoint_path=str(path)).load_embedding_model("cpu")
+        TimmImageEmbedder(B32, checkpoint_path=str(path)).tower("cpu")
 
 
 def test_a_file_that_changed_since_it_was_pinned_is_refused(tmp_path):
@@ -184,7 +184,7 @@ def test_a_file_that_changed_since_it_was_pinned_is_refused(tmp_path):
     embedder = embedder.ready()
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, path)
     with pytest.raises(ChecksumError, match=r"model\.safetensors"):
-        pickle.loads(pickle.dumps(embedder)).load_embedding_model("cpu")
+        pickle.loads(pickle.dumps(embedder)).tower("cpu")
 
 
 CONTENT = bytes(range(256)) * 10_000
@@ -374,7 +374,7 @@ def test_building_random_weights_leaves_the_callers_randomness_alone(embedder):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    embedder.load_embedding_model("cpu")
+    embedder.tower("cpu")
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -402,9 +402,7 @@ def test_precision_is_what_was_asked_for(jpegs, precision, tolerance):
     exact = TimmImageEmbedder("test_vit2", embedding_size=768).embed(jpegs[:4], device="cpu")
     embedder = TimmImageEmbedder("test_vit2", embedding_size=768, precision=precision)
     rough = embedder.embed(jpegs[:4], device="cpu")
-    assert embedder.load_embedding_model("cpu").network.head.weight.dtype == getattr(
-        torch, precision
-    )
+    assert embedder.tower("cpu").network.head.weight.dtype == getattr(torch, precision)
     assert rough.dtype == np.float32
     assert 0 < np.abs(rough - exact).max() < tolerance
 
@@ -442,7 +440,7 @@ def test_arguments_that_cannot_work_are_refused(bad):
 
 
 def test_a_pickled_embedder_is_small_and_has_no_weights(embedder):
-    embedder.load_embedding_model("cpu")
+    embedder.tower("cpu")
     assert len(pickle.dumps(embedder)) < 4000
 
 

@@ -31,7 +31,7 @@ class Mean(ImageClassifier):
     """A classifier of one's own, without a file."""
 
     def __init__(self, pred_column="mean", **arguments):
-        super().__init__(pred_column, **arguments)
+        super().__init__("mean", pred_column=pred_column, **arguments)
 
     def load_model(self, device):
         return lambda embeddings: embeddings.mean(dim=1)
@@ -55,10 +55,11 @@ def test_it_knows_its_columns(embedder):
     recipe = Recipe.of(embedder, [NsfwClassifier(), Mean()])
     assert recipe.result_fields == [
         pa.field("image_embedding", pa.list_(pa.float32())),
+        pa.field("embedding_norm", pa.float32()),
         pa.field("nsfw_score", pa.float32()),
         pa.field("mean", pa.float32()),
     ]
-    assert recipe.result_columns == ["image_embedding", "nsfw_score", "mean"]
+    assert recipe.result_columns == ["image_embedding", "embedding_norm", "nsfw_score", "mean"]
     assert recipe.score_columns == ["nsfw_score", "mean"]
     scores_only = dataclasses.replace(recipe, keep_embeddings=False)
     assert scores_only.result_columns == ["nsfw_score", "mean"]
@@ -67,13 +68,15 @@ def test_it_knows_its_columns(embedder):
 def test_the_embeddings_column_is_the_embedders_or_the_classifiers():
     embedder = TimmImageEmbedder("test_vit2", image_embedding_column="clip")
     assert Recipe.of(embedder).embedding_column == "clip"
-    assert Recipe(embedder, ()).result_columns == ["clip"]
+    assert Recipe(embedder, ()).result_columns == ["clip", "embedding_norm"]
     assert Recipe.of(None, [Mean(embedding_column="old")]).embedding_column == "old"
     with pytest.raises(InputError, match="several columns, new, old"):
         Recipe.of(None, [Mean(embedding_column="old"), Mean("x", embedding_column="new")])
 
 
-@pytest.mark.parametrize("pred_column", ["nsfw_score", "NSFW_Score", "image_embedding"])
+@pytest.mark.parametrize(
+    "pred_column", ["nsfw_score", "NSFW_Score", "image_embedding", "embedding_norm"]
+)
 def test_two_results_in_one_column_are_refused(embedder, pred_column):
     with pytest.raises(InputError, match=f"one column: .*{pred_column}"):
         Recipe.of(embedder, [NsfwClassifier(), Mean(pred_column)])

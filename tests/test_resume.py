@@ -185,7 +185,7 @@ class Poison(ImageClassifier):
     """Does something to the process that meets a black image."""
 
     def __init__(self, embedding, act):
-        super().__init__("poison")
+        super().__init__("poison", pred_column="poison")
         self.embedding = embedding
         self.act_name = act.__name__  # or a worker takes one poison for another
         self._act = act
@@ -204,7 +204,7 @@ class Fault(ImageClassifier):
     """Kills every worker as long as there is a certain file."""
 
     def __init__(self, file):
-        super().__init__("fault")
+        super().__init__("fault", pred_column="fault")
         self.file = file
 
     def load_model(self, device):

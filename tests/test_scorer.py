@@ -1,5 +1,6 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +123,7 @@ def test_an_empty_input_gives_nothing(embedder):
 
 class SumClassifier(ImageClassifier):
     def __init__(self):
-        super().__init__("x")
+        super().__init__("x", pred_column="x")
 
     def load_model(self, device):
         return lambda embeddings: embeddings.sum(dim=1)
@@ -137,7 +138,7 @@ def test_several_classifiers_share_one_pass(shards, embedder):
 
 
 def test_an_embedding_that_is_not_finite_is_no_score(shards, embedder, expected):
-    tower = embedder.load_embedding_model("cpu")
+    tower = embedder.tower("cpu")
     tower.network.head.bias += float("nan")
     table = score(Scorer(embedder, device="cpu"), shards)
     scored = sum(embedding is not None for _, _, embedding, _ in expected)
@@ -195,7 +196,7 @@ def test_an_error_in_a_decoding_thread_is_the_tasks_error_not_a_hang(shards, emb
     def out_of_memory(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("spark_nsfw.score.pipeline.decode_image", out_of_memory)
+    monkeypatch.setattr("spark_nsfw.score.pipeline.decode_once", out_of_memory)
     with pytest.raises(MemoryError, match="no room"):
         score(Scorer(embedder, device="cpu"), shards)
 
@@ -225,16 +226,16 @@ def test_decoding_runs_ahead_but_not_away(shards, embedder):
 @pytest.mark.parametrize("fitting", [1, 3, 6])
 def test_a_batch_that_does_not_fit_into_memory_is_halved(shards, embedder, expected, fitting):
     scorer = Scorer(embedder, device="cpu")
-    tower = embedder.load_embedding_model("cpu")
+    tower = embedder.tower("cpu")
     sizes = []
 
     def small_tower(pixels):
         sizes.append(len(pixels))
         if len(pixels) > fitting:
             raise torch.cuda.OutOfMemoryError("no room")
-        return tower(pixels)
+        return tower.with_norms(pixels)
 
-    embedder._towers["cpu"] = small_tower
+    embedder._towers["cpu"] = SimpleNamespace(with_norms=small_tower)
     table = score(scorer, shards)
     scores = [row[3] for row in expected]
     assert table["nsfw_score"].to_pylist() == [None if s is None else float(s) for s in scores]
@@ -247,7 +248,7 @@ def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
     def no_tower(pixels):
         raise torch.cuda.OutOfMemoryError("no room")
 
-    embedder._towers["cpu"] = no_tower
+    embedder._towers["cpu"] = SimpleNamespace(with_norms=no_tower)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         score(Scorer(embedder, device="cpu"), shards)
 
@@ -255,16 +256,16 @@ def test_one_image_that_does_not_fit_is_an_error(shards, embedder):
 def test_a_want_of_memory_that_passes_teaches_nothing_about_a_rest(shards, embedder, expected):
     """A batch that is not full is tried again, alone, and the size of the full ones stays."""
     scorer = Scorer(embedder, device="cpu")
-    tower = embedder.load_embedding_model("cpu")
+    tower = embedder.tower("cpu")
     sizes = []
 
     def busy_tower(pixels):
         sizes.append(len(pixels))
         if len(sizes) == 1:
             raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
-        return tower(pixels)
+        return tower.with_norms(pixels)
 
-    embedder._towers["cpu"] = busy_tower
+    embedder._towers["cpu"] = SimpleNamespace(with_norms=busy_tower)
     batches = list(iter_sample_batches(all_shards(shards)[:1], SampleOptions()))
     for num_images in (1, 3):
         sizes.clear()
@@ -278,7 +279,7 @@ def test_another_error_of_the_tower_is_no_want_of_memory(shards, embedder):
     def broken_tower(pixels):
         raise RuntimeError("a kernel failed")
 
-    embedder._towers["cpu"] = broken_tower
+    embedder._towers["cpu"] = SimpleNamespace(with_norms=broken_tower)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         score(Scorer(embedder, device="cpu"), shards)
 
@@ -316,7 +317,7 @@ class RandomClassifier(ImageClassifier):
     num_loads = 0
 
     def __init__(self):
-        super().__init__("x")
+        super().__init__("x", pred_column="x")
 
     def load_model(self, device):
         type(self).num_loads += 1
@@ -334,7 +335,7 @@ def test_a_classifier_is_loaded_once_not_by_every_thread(shards, embedder, monke
 
 class TwoScores(ImageClassifier):
     def __init__(self):
-        super().__init__("x")
+        super().__init__("x", pred_column="x")
 
     def load_model(self, device):
         return torch.nn.Linear(768, 2)

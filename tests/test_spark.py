@@ -231,7 +231,7 @@ class LoadCounting(ImageClassifier):
     """Notes every process that loads a model; workers cannot import this module."""
 
     def __init__(self, directory):
-        super().__init__("loads")
+        super().__init__("loads", pred_column="loads")
         self.directory = directory
 
     def load_model(self, device):
@@ -300,7 +300,7 @@ def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch)
 
 class Weighted(ImageClassifier):
     def __init__(self, weights, factor=1):
-        super().__init__("x")
+        super().__init__("x", pred_column="x")
         self.weights_of_it = weights
         self.factor = factor
 

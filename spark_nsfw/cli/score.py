@@ -177,8 +177,8 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` does not wait for torch and Spark.
     from spark_nsfw.read.paths import ShardInputs
     from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
-    from spark_nsfw.score.embedder import TimmImageEmbedder
     from spark_nsfw.score.recipe import Recipe
+    from spark_nsfw.score.timm_embedder import TimmImageEmbedder
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place

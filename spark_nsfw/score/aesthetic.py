@@ -45,7 +45,15 @@ class AestheticClassifier(ImageClassifier):
         model_path: str | None = None,
         models_dir: str | None = None,
     ) -> None:
-        super().__init__(pred_column, embedding_column, 768, batch_size, model_path, models_dir)
+        super().__init__(
+            "aesthetic",
+            embedding_column,
+            pred_column,
+            batch_size=batch_size,
+            embedding_size=768,
+            model_path=model_path,
+            models_dir=models_dir,
+        )
 
     @property
     def published_file(self) -> PublishedFile:

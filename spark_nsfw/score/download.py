@@ -7,12 +7,13 @@ import os
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
+from urllib.error import HTTPError
 
 from filelock import FileLock
 from pyarrow import fs
@@ -27,10 +28,15 @@ __all__ = [
     "download",
     "file_sha256",
     "hub_file",
+    "hub_problem",
     "local_file",
+    "repository_file",
 ]
 
 _BLOCK_BYTES = 1 << 20
+
+#: How long the hub may take to answer at all; its own client would try for minutes.
+_PROBE_SECONDS = 4
 
 #: Longer than a tick of any file system's clock (FAT: 2 s): two writes within one tick
 #: leave the same time.
@@ -197,8 +203,6 @@ def hub_file(model_name: str) -> str:
         WeightsUnavailableError: they cannot be fetched.
     """
     import timm
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     config = timm.get_pretrained_cfg(model_name)
     if config is None or not config.hf_hub_id:
@@ -207,22 +211,67 @@ def hub_file(model_name: str) -> str:
             "give a name with a tag such as .openai, or a checkpoint file"
         )
     file_names = [config.hf_hub_filename] if config.hf_hub_filename else []
-    file_names += ["model.safetensors", "pytorch_model.bin"]
+    return repository_file(
+        config.hf_hub_id,
+        [*file_names, "model.safetensors", "pytorch_model.bin"],
+        f"the weights of {model_name}",
+        "--clip-checkpoint (checkpoint_path), or a directory that `spark-nsfw models fetch` made "
+        "with --models (models_dir)",
+    )
+
+
+def repository_file(repository: str, file_names: Sequence[str], what: str, option: str) -> str:
+    """The first of some files that a repository of the hub has; fetched once.
+
+    Args:
+        repository: ``owner/name``.
+        file_names: in order of preference.
+        what: for messages, what the file is.
+        option: for messages, with what its path can be given.
+
+    Raises:
+        WeightsUnavailableError: it has none, or the hub is out of reach.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for file_name in file_names:
+        cached = try_to_load_from_cache(repository, file_name)
+        if isinstance(cached, str):
+            return cached
+    reason: Exception | str = hub_problem() or ""
+    for file_name in file_names if not reason else ():
         try:
-            return str(hf_hub_download(config.hf_hub_id, file_name))
+            return str(hf_hub_download(repository, file_name))
         except EntryNotFoundError as exc:
             if not isinstance(exc, LocalEntryNotFoundError):
                 continue  # the hub answered that there is no such file
-            reason: Exception = exc
+            reason = exc
         except (OSError, ValueError) as exc:
             reason = exc
-        raise WeightsUnavailableError(
-            f"the weights of {model_name} could not be fetched from the hub ({reason}); "
-            "on a machine without internet give its file with --clip-checkpoint (checkpoint_path), "
-            "or a directory that `spark-nsfw models fetch` made with --models (models_dir)"
-        ) from reason
-    raise WeightsUnavailableError(f"{config.hf_hub_id} has none of {', '.join(file_names)}")
+        break
+    if not reason:
+        raise WeightsUnavailableError(f"{repository} has none of {', '.join(file_names)}")
+    raise WeightsUnavailableError(
+        f"{what} could not be fetched from the hub ({reason}); on a machine without internet "
+        f"fetch {file_names[0]} of {repository} elsewhere and give its path with {option}"
+    ) from (reason if isinstance(reason, Exception) else None)
+
+
+def hub_problem() -> str | None:
+    """Why the model hub cannot be asked now; None if it answers within a few seconds."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+            return None
+    except HTTPError:
+        return None  # it answers
+    except (OSError, HTTPException) as exc:
+        return f"{constants.ENDPOINT} does not answer: {getattr(exc, 'reason', exc)}"
 
 
 @contextmanager

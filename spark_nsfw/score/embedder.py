@@ -1,159 +1,167 @@
-"""pixels → image_embedding."""
+"""pixels → image_embedding: what all towers have in common."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import timm
 import torch
-from torch import nn
 
 from spark_nsfw.errors import ImageError, InputError
-from spark_nsfw.score.checkpoint import check_fit, load_state_dict
-from spark_nsfw.score.download import Weights, file_sha256, hub_file, local_file
-from spark_nsfw.score.pixels import DECODES, Decode, decode_image
-from spark_nsfw.score.staging import staged_file
-from spark_nsfw.score.tower import (
-    PRECISIONS,
-    Precision,
-    Tower,
-    create_network,
-    network_shape,
-    with_timm_names,
-)
+from spark_nsfw.score.download import Weights, file_sha256, local_file
+from spark_nsfw.score.pixels import DECODES, Decode, Transform, decode_once
+from spark_nsfw.score.tower import PRECISIONS, Precision, Tower
 
 if TYPE_CHECKING:
-    from spark_nsfw.score.classifier import ImageClassifier
+    from spark_nsfw.score.detector import Detector
 
-__all__ = ["RANDOM_SEED", "TakesEmbedder", "TimmImageEmbedder"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ImageEmbedder", "TakesEmbedder"]
 
-#: Random towers must be the same in every worker.
-RANDOM_SEED = 0
+#: Of the pixels that OpenAI's CLIP was trained on, per RGB channel, on a scale of 0 to 1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TakesEmbedder(Protocol):
     """A dataset of images that can be embedded, such as `spark_nsfw.ImageTextPairDataset`."""
 
-    def with_embedder(self, embedder: TimmImageEmbedder) -> Any:
+    def with_embedder(self, embedder: ImageEmbedder) -> Any:
         """The same dataset, embedded."""
 
 
 _Dataset = TypeVar("_Dataset", bound=TakesEmbedder)
 
 
-class TimmImageEmbedder:
-    """A CLIP image tower from timm.
+class ImageEmbedder:
+    """Embeds images; subclass it and give `load_embedding_model` to add a tower of your own.
+
+    ::
+
+        class SiglipEmbedder(ImageEmbedder):
+            def __init__(self):
+                half = (0.5, 0.5, 0.5)
+                super().__init__("siglip", embedding_size=768, mean=half, std=half)
+
+            def load_embedding_model(self, device):
+                return open_clip.create_model("ViT-B-16-SigLIP").visual.eval().to(device)
 
     Args:
-        model_name: of timm, such as ``vit_large_patch14_clip_quickgelu_224.openai``.
-        pretrained: load timm's weights for that name from the model hub.
+        model_name: for people.
+        image_embedding_column: the column that the embeddings go to.
+        classifiers: applied to the images in the same pass.
+        embedding_size: width D of the embeddings.
+        image_size: side of the square image that the tower takes, in pixels.
+        mean, std: of the pixels it was trained on, per RGB channel, on a scale of 0 to 1.
         batch_size: images per forward pass.
         num_threads_per_worker: threads that decode images.
-        image_embedding_column: the column that the embeddings go to.
         normalize_embeddings: divide each embedding by its L2 norm.
-        classifiers: applied to the embeddings in the same pass.
         autocast: compute in float16 on a GPU; False computes in float32 everywhere.
-        checkpoint_path: weights from a file instead: timm's or open_clip's safetensors
-            or PyTorch file, or OpenAI's ``ViT-L-14.pt``; a path or URL.
         precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
             ``autocast`` says.
-        embedding_size: width D of the tower's projection; None takes the model's own.
         decode: ``exact`` gives the pixels of OpenAI's CLIP bit for bit; ``fast`` takes
             half the time for JPEG and moves scores less than float16 does
             (docs/fidelity.md).
-        models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
-            which ``pretrained`` takes the weights instead of the hub.
-
-    Without ``pretrained`` or ``checkpoint_path`` the weights are random, from a fixed
-    seed: for trying things out; the scores mean nothing.
+        checkpoint_path: file of its weights, a path or URL. Its sha256 is settled before a
+            job starts, noted in the output, and checked by every worker.
 
     Raises:
-        InputError: an argument that cannot work, such as an unknown model name.
+        InputError: an argument that cannot work.
     """
 
     def __init__(
         self,
         model_name: str,
-        pretrained: bool = False,
+        image_embedding_column: str = "image_embedding",
+        classifiers: Sequence[Detector[Any]] = (),
+        *,
+        embedding_size: int | None = None,
+        image_size: int = 224,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
         batch_size: int = 64,
         num_threads_per_worker: int = 4,
-        image_embedding_column: str = "image_embedding",
         normalize_embeddings: bool = True,
-        classifiers: Sequence[ImageClassifier] = (),
         autocast: bool = True,
-        checkpoint_path: str | None = None,
         precision: Precision | None = None,
-        embedding_size: int | None = None,
         decode: Decode = "fast",
-        models_dir: str | None = None,
+        checkpoint_path: str | None = None,
     ) -> None:
-        if not timm.is_model(model_name):
-            raise InputError(
-                f"timm has no model {model_name!r}; "
-                f"close names: {', '.join(_close_names(model_name)) or 'none'}; "
-                "timm.list_models() lists them all"
-            )
         if batch_size < 1:
-            raise InputError(f"batch size is at least 1, not {batch_size}")
+            raise InputError(f"--batch-size (batch_size) is at least 1, not {batch_size}")
         if num_threads_per_worker < 1:
-            raise InputError(f"the number of threads is at least 1, not {num_threads_per_worker}")
+            raise InputError(
+                "--num-threads (num_threads_per_worker) is at least 1, "
+                f"not {num_threads_per_worker}"
+            )
         if precision not in (None, *PRECISIONS):
             raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
         if decode not in DECODES:
             raise InputError(f"decode is one of {', '.join(DECODES)}, not {decode!r}")
-        self.decode: Decode = decode
         self.model_name = model_name
-        self.pretrained = pretrained
+        self.image_embedding_column = image_embedding_column
+        self.classifiers = tuple(classifiers)
         self.batch_size = batch_size
         self.num_threads_per_worker = num_threads_per_worker
-        self.image_embedding_column = image_embedding_column
         self.normalize_embeddings = normalize_embeddings
-        self.classifiers = tuple(classifiers)
         self.autocast = autocast
-        self.checkpoint_path = checkpoint_path
         self.precision = precision
-        self.models_dir = models_dir
+        self.decode: Decode = decode
+        self.checkpoint_path = checkpoint_path
         self._embedding_size = embedding_size
+        self._image_size = image_size
+        self._mean, self._std = tuple(mean), tuple(std)
         self._sha256: str | None = None
         self._is_ready = False
         self._towers: dict[str, Tower] = {}
 
-    @property
-    def _shape(self) -> nn.Module:
-        return network_shape(self.model_name, self._embedding_size)
+    def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Load the network, ready to embed, on ``device``.
+
+        It takes normalised pixels, float (N, 3, S, S) of `precision_on` the device, and gives
+        (N, D). A `torch.nn.Module` in eval mode will do; it is brought to that precision.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define load_embedding_model")
 
     @property
     def embedding_size(self) -> int:
-        """Width D of the embeddings."""
-        shape: Any = self._shape
-        return int(shape.num_classes or shape.num_features)
+        """Width D of the embeddings.
+
+        Raises:
+            InputError: it was not given.
+        """
+        if self._embedding_size is None:
+            raise InputError(f"{type(self).__name__} does not say its embedding_size")
+        return self._embedding_size
 
     @property
     def image_size(self) -> int:
         """Side of the square image that the tower takes, in pixels."""
-        return int(self._config["input_size"][-1])
+        return self._image_size
 
     @property
-    def _config(self) -> dict[str, Any]:
-        return dict(timm.data.resolve_data_config({}, model=self._shape))
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation of the pixels, per RGB channel, on a scale of 0 to 1."""
+        return self._mean, self._std
 
     @property
-    def weights(self) -> Weights:
-        """Which weights the tower has; their sha256 is known once it is `ready`."""
-        if self.checkpoint_path is None and not self.pretrained:
-            return Weights(f"random (seed {RANDOM_SEED})", None, is_random=True)
-        return Weights(self.checkpoint_path or self.model_name, self._sha256)
+    def transform(self) -> Transform:
+        """How an image becomes the pixels that the tower takes."""
+        return Transform(self.image_size, decode=self.decode)
+
+    @property
+    def weights(self) -> Weights | None:
+        """Which weights the tower has, if it says; their sha256 is known once it is `ready`."""
+        return None if self.checkpoint_path is None else Weights(self.checkpoint_path, self._sha256)
 
     @property
     def is_ready(self) -> bool:
         """Whether its weights were found and their sha256 is known."""
         return self._is_ready
 
-    def ready(self, device: str | None = None) -> TimmImageEmbedder:
+    def ready(self, device: str | None = None) -> ImageEmbedder:
         """A copy whose weights are found, downloaded if need be, and known by their sha256.
 
         Every worker checks its own copy of the file against that sha256.
@@ -169,21 +177,16 @@ class TimmImageEmbedder:
         if device is not None:
             settled.precision = self.precision_on(device)
         if not self._is_ready:
-            path = self._file()
+            path = self.weights_file()
             settled._sha256 = None if path is None else file_sha256(path)
             settled._is_ready = True
         return settled
 
-    def _file(self) -> str | None:
-        """The local checkpoint file, fetched if it must be; None for random weights."""
-        if self.checkpoint_path is not None:
-            return str(local_file(self.checkpoint_path, self._sha256))
-        if self.pretrained and self.models_dir is not None:
-            url, sha256 = staged_file(self.models_dir, self.model_name)
-            return str(local_file(url, self._sha256 or sha256))
-        if self.pretrained:
-            return str(local_file(hub_file(self.model_name), self._sha256))
-        return None
+    def weights_file(self) -> str | None:
+        """The file of its weights, fetched if it must be and checked; None if it has none."""
+        if self.checkpoint_path is None:
+            return None
+        return str(local_file(self.checkpoint_path, self._sha256))
 
     def precision_on(self, device: str) -> Precision:
         """The precision it computes in on a device."""
@@ -197,16 +200,20 @@ class TimmImageEmbedder:
         Looks at no file: the weights have no sha256 until it is `ready`.
         """
         weights = self.weights
-        return {
+        described: dict[str, Any] = {
             "model_name": self.model_name,
             "embedding_size": self.embedding_size,
-            "weights": {"source": weights.source, "sha256": weights.sha256},
             "precision": self.precision or ("autocast" if self.autocast else "float32"),
             "normalize_embeddings": self.normalize_embeddings,
             "preprocessing": f"OpenAI CLIP, {self.image_size} px, decode={self.decode}",
         }
+        if self._mean != CLIP_MEAN or self._std != CLIP_STD:
+            described["statistics"] = [list(self._mean), list(self._std)]
+        if weights is not None:
+            described["weights"] = {"source": weights.source, "sha256": weights.sha256}
+        return described
 
-    def load_embedding_model(self, device: str) -> Tower:
+    def tower(self, device: str) -> Tower:
         """The tower, ready to embed: uint8 (N, S, S, 3) → float32 (N, D) on ``device``.
 
         Loaded once per device and process.
@@ -216,22 +223,12 @@ class TimmImageEmbedder:
             WeightsMismatchError: its tensors do not fit the tower.
         """
         if device not in self._towers:
-            self._towers[device] = self._load(device)
+            network = self.load_embedding_model(device)
+            precision = getattr(torch, self.precision_on(device))
+            mean, std = self.statistics
+            tower = Tower(network, mean, std, precision, self.normalize_embeddings)
+            self._towers[device] = tower.eval().requires_grad_(False).to(device)
         return self._towers[device]
-
-    def _load(self, device: str) -> Tower:
-        path = self._file()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_SEED)
-            network = create_network(self.model_name, self._embedding_size)
-        if path is not None:
-            tensors = with_timm_names(load_state_dict(path), network)
-            check_fit(path, tensors, network.state_dict())
-            network.load_state_dict(tensors)
-        config = self._config
-        precision = getattr(torch, self.precision_on(device))
-        tower = Tower(network, config["mean"], config["std"], precision, self.normalize_embeddings)
-        return tower.eval().requires_grad_(False).to(device)
 
     def embed(self, images: Sequence[bytes], device: str | None = None) -> npt.NDArray[np.float32]:
         """Embed encoded images.
@@ -249,7 +246,7 @@ class TimmImageEmbedder:
                 `spark_nsfw.Scorer` gives such images a row with a status instead.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tower = self.load_embedding_model(device)
+        tower = self.tower(device)
         embeddings = np.empty((len(images), self.embedding_size), np.float32)
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
@@ -261,7 +258,7 @@ class TimmImageEmbedder:
                         kind = type(given).__name__
                         raise InputError(f"images[{start + row}] is no bytes but {kind}")
                     try:
-                        pixels[row] = decode_image(image_bytes, self.image_size, decode=self.decode)
+                        pixels[row] = decode_once(image_bytes, [self.transform])[0]
                     except ImageError as exc:
                         raise type(exc)(f"images[{start + row}]: {exc}") from exc
                 embedded = tower(torch.from_numpy(pixels).to(device))
@@ -281,9 +278,3 @@ class TimmImageEmbedder:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_towers": {}}  # every process loads its own
-
-
-def _close_names(model_name: str) -> list[str]:
-    from difflib import get_close_matches
-
-    return get_close_matches(model_name, timm.list_models() + timm.list_pretrained(), n=3)

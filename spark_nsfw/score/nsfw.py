@@ -136,7 +136,14 @@ class NsfwClassifier(ImageClassifier):
     ) -> None:
         if variant not in ("torch", "laion"):
             raise InputError(f"variant is 'torch' or 'laion', not {variant!r}")
-        super().__init__(pred_column, embedding_column, None, batch_size, model_path, models_dir)
+        super().__init__(
+            "nsfw",
+            embedding_column,
+            pred_column,
+            batch_size=batch_size,
+            model_path=model_path,
+            models_dir=models_dir,
+        )
         self.variant = variant
         if variant == "laion":
             self.embedding_precision = torch.float16

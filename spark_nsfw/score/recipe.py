@@ -11,9 +11,12 @@ import pyarrow as pa
 import torch
 
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.schema import result_fields
+from spark_nsfw.schema import EMBEDDING_NORM
 from spark_nsfw.score.classifier import ImageClassifier
-from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.embedder import ImageEmbedder
+from spark_nsfw.score.pixel_classifier import PixelClassifier
+from spark_nsfw.score.pixels import Transform
 
 __all__ = ["Recipe"]
 
@@ -25,38 +28,55 @@ class Recipe:
     Its properties and `describe` load nothing and look at no file; only `ready` does.
 
     Attributes:
-        embedder: the CLIP tower; None where embeddings are stored and only scored.
-        classifiers: each gives one score column.
+        embedder: the CLIP tower; None where embeddings are stored and only scored, and where
+            all detectors look at pixels.
+        classifiers: `ImageClassifier` on embeddings, `PixelClassifier` on pixels; each gives
+            its columns.
         device: a torch device; None takes the task's GPU, else the CPU.
         keep_embeddings: whether the embeddings are a result, too.
+        keep_norms: whether the norm of each projection goes along with its embedding.
         embedding_column: the embeddings' column; an embedder's own where there is one.
         embedding_size: width D of the embeddings; known once it is `ready`.
 
     Raises:
-        InputError: two results would go to one column.
+        InputError: two results would go to one column, or a classifier of embeddings stands
+            beside one of pixels without an embedder.
     """
 
-    embedder: TimmImageEmbedder | None
-    classifiers: tuple[ImageClassifier, ...]
+    embedder: ImageEmbedder | None
+    classifiers: tuple[Detector[Any], ...]
     device: str | None = None
     keep_embeddings: bool = True
+    keep_norms: bool = True
     embedding_column: str = "image_embedding"
     embedding_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classifiers", tuple(self.classifiers))
+        for each in self.classifiers:
+            if not isinstance(each, (ImageClassifier, PixelClassifier)):
+                raise InputError(
+                    f"{type(each).__name__} is neither an ImageClassifier nor a PixelClassifier"
+                )
         if self.embedder is not None:
             column = self.embedder.image_embedding_column
             object.__setattr__(self, "embedding_column", column)
+        if self.embedder is None and self.heads and self.pixel_classifiers:
+            raise InputError(
+                f"{type(self.heads[0]).__name__} scores embeddings and "
+                f"{type(self.pixel_classifiers[0]).__name__} pixels: give an embedder for the first"
+            )
         names = [self.embedding_column, *self.score_columns]
+        if self.embedder is not None:
+            names.append(EMBEDDING_NORM)
         if len({name.casefold() for name in names}) < len(names):  # Spark ignores their case
             raise InputError(f"two results would go to one column: {', '.join(names)}")
 
     @classmethod
     def of(
         cls,
-        embedder: TimmImageEmbedder | None,
-        classifiers: Sequence[ImageClassifier] | None = None,
+        embedder: ImageEmbedder | None,
+        classifiers: Sequence[Detector[Any]] | None = None,
         *,
         device: str | None = None,
         keep_embeddings: bool = True,
@@ -64,7 +84,8 @@ class Recipe:
         """A recipe of an embedder and its own classifiers, unless others are given.
 
         Args:
-            embedder: None scores stored embeddings, of the classifiers' ``embedding_column``.
+            embedder: None scores pixels, or stored embeddings of the classifiers'
+                ``embedding_column``.
             classifiers: None takes the embedder's own.
             device: a torch device; None takes the task's GPU, else the CPU.
             keep_embeddings: whether the embeddings are a result, too.
@@ -78,19 +99,60 @@ class Recipe:
             return cls(embedder, tuple(chosen), device, keep_embeddings)
         if not classifiers:
             raise InputError("nothing to compute: give an embedder, or classifiers")
-        columns = sorted({classifier.embedding_column for classifier in classifiers})
+        heads = [each for each in classifiers if isinstance(each, ImageClassifier)]
+        columns = sorted({classifier.embedding_column for classifier in heads})
         if len(columns) > 1:
             raise InputError(
                 f"the classifiers read embeddings of several columns, {', '.join(columns)}: "
                 "score one column at a time"
             )
-        return cls(None, tuple(classifiers), device, keep_embeddings, columns[0])
+        column = columns[0] if columns else "image_embedding"
+        return cls(None, tuple(classifiers), device, keep_embeddings, embedding_column=column)
+
+    @property
+    def heads(self) -> tuple[ImageClassifier, ...]:
+        """The classifiers that score embeddings."""
+        return tuple(each for each in self.classifiers if isinstance(each, ImageClassifier))
+
+    @property
+    def pixel_classifiers(self) -> tuple[PixelClassifier, ...]:
+        """The classifiers that score pixels."""
+        return tuple(each for each in self.classifiers if isinstance(each, PixelClassifier))
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it is about images, rather than stored embeddings."""
+        return self.embedder is not None or bool(self.pixel_classifiers)
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """Of the models that look at an image, each once."""
+        own = [] if self.embedder is None else [self.embedder.transform]
+        return list(dict.fromkeys(own + [each.transform for each in self.pixel_classifiers]))
+
+    @property
+    def batch_size(self) -> int:
+        """Images per forward pass: the embedder's, else the least of the classifiers'."""
+        if self.embedder is not None:
+            return self.embedder.batch_size
+        return min(each.batch_size for each in self.pixel_classifiers)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decode images: the embedder's, else the most of the classifiers'."""
+        if self.embedder is not None:
+            return self.embedder.num_threads_per_worker
+        return max(each.num_threads_per_worker for each in self.pixel_classifiers)
 
     @property
     def result_fields(self) -> list[pa.Field]:
-        """The columns that it adds: the embedding if it is kept, then one per classifier."""
-        kept = self.embedding_column if self.keep_embeddings else None
-        return result_fields(kept, self.score_columns)
+        """The columns that it adds: the embedding and its norm if kept, then the classifiers'."""
+        fields = []
+        if self.keep_embeddings and (self.embedder is not None or not self.reads_images):
+            fields.append(pa.field(self.embedding_column, pa.list_(pa.float32())))
+        if self.keep_embeddings and self.embedder is not None and self.keep_norms:
+            fields.append(pa.field(EMBEDDING_NORM, pa.float32()))
+        return fields + [field for each in self.classifiers for field in each.result_fields]
 
     @property
     def result_columns(self) -> list[str]:
@@ -100,7 +162,7 @@ class Recipe:
     @property
     def score_columns(self) -> list[str]:
         """The classifiers' columns."""
-        return [classifier.pred_column for classifier in self.classifiers]
+        return [name for each in self.classifiers for name in each.result_columns]
 
     @property
     def is_ready(self) -> bool:
@@ -134,18 +196,38 @@ class Recipe:
                     f"{self.embedder.embedding_size}, not {embedding_size}"
                 )
             embedding_size = self.embedder.embedding_size
-        if embedding_size is None:
+        if embedding_size is None and self.heads:
             raise InputError("give the width of the stored embeddings (embedding_size)")
         device = _more_exact(self.device, device)
-        embedder = None if self.embedder is None else self.embedder.ready(device)
-        classifiers = [each.for_embedding_size(embedding_size) for each in self.classifiers]
         return replace(
             self,
-            embedder=embedder,
-            classifiers=tuple(classifiers),
+            embedder=None if self.embedder is None else self.embedder.ready(device),
+            classifiers=self._ready_classifiers(embedding_size, device),
             device=device,
             embedding_size=embedding_size,
         )
+
+    def with_ready_classifiers(self) -> Recipe:
+        """As `ready`, but for the embedder's file, which is not looked at before it loads.
+
+        Raises:
+            EmbeddingWidthError: a classifier takes embeddings of another width.
+            WeightsError: a file cannot be had or used.
+        """
+        width = None if self.embedder is None else self.embedder.embedding_size
+        return replace(self, classifiers=self._ready_classifiers(width, self.device))
+
+    def _ready_classifiers(
+        self, embedding_size: int | None, device: str | None
+    ) -> tuple[Detector[Any], ...]:
+        ready: list[Detector[Any]] = []
+        for each in self.classifiers:
+            if isinstance(each, ImageClassifier):
+                assert embedding_size is not None
+                ready.append(each.for_embedding_size(embedding_size))
+            elif isinstance(each, PixelClassifier):
+                ready.append(each.ready(device))
+        return tuple(ready)
 
     def describe(self) -> dict[str, Any]:
         """What the output's note says of it, as plain JSON types.
@@ -168,12 +250,12 @@ class Recipe:
         """
         settings: dict[str, Any] = {
             "classifiers": [_without_sources(each.describe()) for each in self.classifiers],
-            "columns": [self.embedding_column, self.keep_embeddings],
+            "columns": [str(field) for field in self.result_fields],
         }
         if self.embedder is not None:
             settings["embedder"] = _without_sources(self.embedder.describe())
-            settings["batch_size"] = self.embedder.batch_size
-            settings["num_threads"] = self.embedder.num_threads_per_worker
+        if self.reads_images:
+            settings["batch_size"], settings["num_threads"] = self.batch_size, self.num_threads
         else:
             settings["embedding_size"] = self.embedding_size
         return json.dumps(settings, sort_keys=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -10,8 +12,8 @@ import torch
 from spark_nsfw.errors import InputError
 from spark_nsfw.read.source import Rows
 from spark_nsfw.schema import IMAGE
-from spark_nsfw.score.classifier import ImageClassifier
-from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.forward import ForwardPasses
 from spark_nsfw.score.pipeline import Pipeline
 from spark_nsfw.score.recipe import Recipe
@@ -23,49 +25,53 @@ class Scorer:
     """Embeds and scores samples, in order, one metadata row for each.
 
     Args:
-        embedder: the CLIP tower.
-        classifiers: applied to its embeddings; None takes the embedder's own.
+        embedder: the CLIP tower; None where all classifiers look at pixels.
+        classifiers: applied to its embeddings, or to the pixels; None takes the embedder's
+            own.
         device: a torch device; by default the GPU if there is one.
-        keep_embeddings: whether the metadata has the embedding column.
+        keep_embeddings: whether the metadata has the embeddings and their norms.
 
     Raises:
         EmbeddingWidthError: a classifier takes embeddings of another width.
-        InputError: two results would go to one column.
+        InputError: two results would go to one column, or nothing looks at images.
     """
 
     def __init__(
         self,
-        embedder: TimmImageEmbedder,
-        classifiers: Sequence[ImageClassifier] | None = None,
+        embedder: ImageEmbedder | None,
+        classifiers: Sequence[Detector[Any]] | None = None,
         device: str | None = None,
         keep_embeddings: bool = True,
     ) -> None:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        #: What is computed.
-        self.recipe = Recipe.of(
-            embedder, classifiers, device=device, keep_embeddings=keep_embeddings
+        self._prepare(
+            Recipe.of(embedder, classifiers, device=device, keep_embeddings=keep_embeddings)
         )
-        width = embedder.embedding_size
-        sized = [each.for_embedding_size(width) for each in self.recipe.classifiers]
+
+    def _prepare(self, recipe: Recipe) -> None:
+        device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        recipe = replace(recipe, device=device)
+        if not recipe.reads_images:
+            raise InputError("the recipe has no embedder: StoredScorer scores stored embeddings")
+        #: What is computed.
+        self.recipe = recipe.with_ready_classifiers()
         #: What computes it.
-        self.passes = ForwardPasses(embedder, sized, device)
+        self.passes = ForwardPasses(self.recipe, device)
 
     @classmethod
     def of(cls, recipe: Recipe, device: str | None = None) -> Scorer:
         """The scorer of a recipe.
 
         Args:
-            recipe: with an embedder.
+            recipe: about images.
             device: a torch device; None takes the recipe's, else the GPU if there is one.
 
         Raises:
-            InputError: it has no embedder.
+            InputError: it is not about images.
             EmbeddingWidthError: a classifier takes embeddings of another width.
         """
-        if recipe.embedder is None:
-            raise InputError("the recipe has no embedder: StoredScorer scores stored embeddings")
-        device = device or recipe.device
-        return cls(recipe.embedder, recipe.classifiers, device, recipe.keep_embeddings)
+        scorer = cls.__new__(cls)
+        scorer._prepare(recipe if device is None else replace(recipe, device=device))
+        return scorer
 
     @property
     def result_fields(self) -> list[pa.Field]:

@@ -15,6 +15,7 @@ import torch
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.read.source import Rows
 from spark_nsfw.schema import ERROR_MESSAGE, STATUS, Status, metadata_schema
+from spark_nsfw.score.arrays import spread
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.recipe import Recipe
 
@@ -36,8 +37,8 @@ class StoredScorer:
     """
 
     def __init__(self, recipe: Recipe, device: str | None = None) -> None:
-        if recipe.embedder is not None:
-            raise InputError("the recipe has an embedder: Scorer takes it")
+        if recipe.reads_images:
+            raise InputError("the recipe is about images: Scorer takes it")
         if recipe.embedding_size is None:
             raise InputError(
                 "how wide the stored embeddings are is not known: recipe.ready(embedding_size=…)"
@@ -46,7 +47,7 @@ class StoredScorer:
         self.recipe = recipe
         self.width = recipe.embedding_size
         self.device = device or recipe.device or gpu_or_cpu
-        self.classifiers = [each.for_embedding_size(self.width) for each in recipe.classifiers]
+        self.classifiers = [each.for_embedding_size(self.width) for each in recipe.heads]
 
     @property
     def result_fields(self) -> list[pa.Field]:
@@ -151,11 +152,11 @@ def score_column(
         column: N lists of any float type.
         width: of an embedding; None takes the classifiers' own, else the commonest that
             they take.
-        classifiers: each gives one column.
+        classifiers: each gives its columns.
         device: a torch device.
 
     Returns:
-        A float32 array (N,) per classifier, null where a row is no embedding;
+        An array (N,) per result column, null where a row is no embedding;
         bool (N,), where it is one.
 
     Raises:
@@ -167,11 +168,11 @@ def score_column(
     embeddings = matrix.to(device)
     arrays = []
     for classifier in classifiers:
-        scores = np.zeros(len(column), np.float32)
+        values = np.zeros(0, np.float32)
         if len(matrix):
             with torch.inference_mode():
-                scores[usable] = classifier.score(embeddings).cpu().numpy()
-        arrays.append(pa.array(scores, mask=~usable))
+                values = classifier.score(embeddings).cpu().numpy()
+        arrays += [spread(result, usable) for result in classifier.columns(values)]
     return arrays, usable
 
 

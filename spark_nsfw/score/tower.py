@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -32,25 +32,25 @@ CPU_BLOCK_IMAGES = 8
 
 
 class Tower(nn.Module):
-    """A timm network between raw pixels and embeddings, on one device in one precision.
+    """A network on raw pixels, on one device in one precision.
 
     Args:
-        network: the timm tower.
+        network: takes normalised pixels (N, 3, S, S) of that precision, gives (N, D).
         mean, std: of the pixels, per RGB channel, on a scale of 0 to 1.
         precision: of the network's weights and activations.
-        normalize: divide embeddings by their L2 norm.
+        normalize: divide what it gives by its L2 norm.
     """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Callable[[torch.Tensor], torch.Tensor],
         mean: Sequence[float],
         std: Sequence[float],
         precision: torch.dtype,
         normalize: bool,
     ) -> None:
         super().__init__()
-        self.network = network.to(precision)
+        self.network = network.to(precision) if isinstance(network, nn.Module) else network
         self.precision = precision
         self.normalize = normalize
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255)
@@ -58,16 +58,29 @@ class Tower(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) → float32 (N, D)."""
-        if pixels.device.type == "cpu":
-            return in_blocks(self._embed, pixels, CPU_BLOCK_IMAGES)
-        return self._embed(pixels)
+        return self.with_norms(pixels)[0]
 
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+    def with_norms(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, and the L2 norm of each projection before it was normalised.
+
+        uint8 (N, S, S, 3) → float32 (N, D), float32 (N,).
+        """
+        if pixels.device.type == "cpu":
+            both = in_blocks(self._project, pixels, CPU_BLOCK_IMAGES)
+        else:
+            both = self._project(pixels)
+        return both[:, :-1], both[:, -1]
+
+    def _project(self, pixels: torch.Tensor) -> torch.Tensor:
         # Planes first, while a value is one byte: the passes below are then seven times as fast.
         planes = pixels.permute(0, 3, 1, 2).contiguous()
         x = planes.to(torch.float32).sub_(self.get_buffer("mean")).div_(self.get_buffer("std"))
-        embeddings = self.network(x.to(self.precision)).to(torch.float32)
-        return nn.functional.normalize(embeddings, dim=-1) if self.normalize else embeddings
+        projections = self.network(x.to(self.precision)).to(torch.float32)
+        projections = projections.reshape(len(projections), -1)
+        norms = torch.linalg.vector_norm(projections, dim=1, keepdim=True)
+        if self.normalize:
+            projections = projections / norms.clamp_min(1e-12)
+        return torch.cat([projections, norms], dim=1)
 
 
 def create_network(model_name: str, embedding_size: int | None) -> nn.Module:

@@ -17,7 +17,13 @@ from spark_nsfw.errors import JobError, JobStoppedError, NothingToReadError
 from spark_nsfw.files import write_text
 from spark_nsfw.note import PROVENANCE, merged_note, refuse_another_note
 from spark_nsfw.read.source import Source, Unit
-from spark_nsfw.schema import CAPTION, CONTRACT_COLUMNS, EXTRA_JSON, metadata_schema
+from spark_nsfw.schema import (
+    CAPTION,
+    CONTRACT_COLUMNS,
+    EMBEDDING_NORM,
+    EXTRA_JSON,
+    metadata_schema,
+)
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.loop import STOP_POLL_SECONDS, JobOptions, Run
 from spark_nsfw.spark.output import Output, ParquetOutput, noted_schema
@@ -159,6 +165,8 @@ def _begin(
             f"{output.url} has rows, but not the partition shard=__schema__ that says what made "
             "them: --overwrite deletes them and starts anew"
         )
+    if existing is not None and EMBEDDING_NORM not in existing.names:
+        recipe = replace(recipe, keep_norms=False)  # older outputs do not have it
     if existing is None:
         columns = spark_schema(metadata_schema(source.schema(), recipe.result_fields))
         output.begin(noted_schema(columns, recipe.result_columns, note), note)

@@ -55,7 +55,7 @@ def metadata_rows(
         counts: an accumulator of `StatusCounts`; None counts nothing.
     """
     identity = recipe_identity(recipe)
-    if plan == "dataframe" and recipe.embedder is not None:
+    if plan == "dataframe" and recipe.reads_images:
         samples = sample_rows(spark, units, source, schema, num_tasks=num_tasks, counts=counts)
         return score_column(samples, recipe, identity, counts)
 

@@ -13,8 +13,8 @@ from pyspark.sql import functions as F
 from pyspark.sql.functions import pandas_udf  # type: ignore[attr-defined]
 
 from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status
-from spark_nsfw.score.classifier import ImageClassifier
-from spark_nsfw.score.embedder import TimmImageEmbedder
+from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.worker import recipe_identity, worker_scorer
@@ -23,26 +23,28 @@ __all__ = ["nsfw_udf", "score_column", "score_samples"]
 
 
 def nsfw_udf(
-    embedder: TimmImageEmbedder,
-    classifiers: Sequence[ImageClassifier] | None = None,
+    embedder: ImageEmbedder | None,
+    classifiers: Sequence[Detector[Any]] | None = None,
     *,
     device: str | None = None,
     keep_embeddings: bool = True,
 ) -> Any:
     """A scalar-iterator pandas UDF: encoded image (binary) → struct.
 
-    The struct has ``status``, ``error_message``, the embedding column (array<float>) and
-    one column (float) per classifier. The model is loaded once per Python worker and
-    kept between tasks, which needs ``spark.python.worker.reuse`` (Spark's default).
+    The struct has ``status``, ``error_message``, the embedding column (array<float>),
+    ``embedding_norm`` (float) and the columns of each classifier. The models are loaded once
+    per Python worker and kept between tasks, which needs ``spark.python.worker.reuse``
+    (Spark's default).
 
     Spark hands over ``spark.sql.execution.arrow.maxRecordsPerBatch`` images at a time,
     by default 10,000: set it to a few hundred.
 
     Args:
-        embedder: the CLIP tower.
-        classifiers: applied to its embeddings; None takes the embedder's own.
+        embedder: the CLIP tower; None where all classifiers look at pixels.
+        classifiers: applied to its embeddings, or to the pixels; None takes the embedder's
+            own.
         device: a torch device; by default the task's GPU if there is one.
-        keep_embeddings: whether the struct has the embedding.
+        keep_embeddings: whether the struct has the embedding and its norm.
     """
     recipe = Recipe.of(
         embedder, classifiers, device=device, keep_embeddings=keep_embeddings
@@ -52,8 +54,8 @@ def nsfw_udf(
 
 def score_samples(
     samples: DataFrame,
-    embedder: TimmImageEmbedder,
-    classifiers: Sequence[ImageClassifier] | None = None,
+    embedder: ImageEmbedder | None,
+    classifiers: Sequence[Detector[Any]] | None = None,
     *,
     device: str | None = None,
     keep_embeddings: bool = True,

@@ -110,7 +110,7 @@ def worker_scorer(recipe: Recipe, identity: str) -> Scorer | StoredScorer:
     if known_as not in _scorers:
         while len(_scorers) >= _MAX_SCORERS:
             del _scorers[next(iter(_scorers))]
-        made = Scorer.of(recipe, device) if recipe.embedder else StoredScorer(recipe, device)
+        made = Scorer.of(recipe, device) if recipe.reads_images else StoredScorer(recipe, device)
         _scorers[known_as] = made
         _log.info("scorer loaded on %s: %s", device, identity)
     return _scorers[known_as]
