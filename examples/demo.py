@@ -1,67 +1,93 @@
-"""From photographs to scored Parquet: ``python -m examples.demo DIRECTORY``.
+"""From photographs to a report of their scores: ``python -m examples.demo DIRECTORY``.
 
 Makes shards of real photographs with some damaged files among them, scores them, and
-shows what came out. Real CLIP weights are used where ``CLIP_CHECKPOINT`` names a file.
+writes the report. Where the model hub answers, CLIP ViT-B/32 and LAION's detector score
+them (``DEMO_MODEL`` names another tower, ``CLIP_CHECKPOINT`` a file of ViT-L/14's weights);
+elsewhere Yahoo's open_nsfw, whose weights come in a package.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from examples.photographs import damaged_samples, write_photograph_shards, write_shard
-from spark_nsfw import NsfwClassifier, SparkNsfwError
+from examples.photographs import (
+    damaged_samples,
+    originals,
+    write_photograph_shards,
+    write_shard,
+)
+from spark_nsfw import NsfwClassifier, OpenNsfwClassifier, SparkNsfwError, TimmImageEmbedder
 from spark_nsfw.cli import main
-from spark_nsfw.score.laion import DETECTORS
-from spark_nsfw.score.nsfw import NsfwDetector
+from spark_nsfw.score.download import hub_problem
+from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.session import active_or_local_session
 
 #: Says that a directory is a demo's own, whose shards and metadata the next one may replace.
 MARKER = ".spark_nsfw_demo"
 
+#: A real CLIP tower that a laptop takes: 350 MB, a third of a second for an image of one core.
+MODEL = "vit_base_patch32_clip_quickgelu_224.openai"
+
 
 def make_shards(directory: Path) -> None:
-    """Three whole shards, one that was cut off in transit, and one of damaged samples."""
+    """The photographs as they are, crops of them, a shard that was cut off, and damaged samples."""
+    write_shard(directory / "originals.tar", originals())
     write_photograph_shards(directory, num_shards=4, samples_per_shard=50)
     write_shard(directory / "damaged.tar", damaged_samples())
     last = directory / "00003.tar"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
 
 
-def tower_arguments() -> list[str]:
-    """The real tower where its weights are at hand, else a small random one."""
+def choose_detector() -> tuple[list[str], str]:
+    """Arguments of ``spark-nsfw score``, and in a line what they mean."""
     checkpoint = os.environ.get("CLIP_CHECKPOINT")
     if checkpoint:
-        return ["--clip-checkpoint", checkpoint]
-    print(
-        "CLIP_CHECKPOINT names no file with CLIP's weights: the tower is a small random one.\n"
-        "Its scores mean nothing; everything else is as in a real run.\n"
-    )
-    return ["--model", "test_vit2", "--embedding-size", "768", "--no-pretrained"]
-
-
-def detector_arguments(directory: Path) -> list[str]:
-    """LAION's detector from ``NSFW_CHECKPOINT`` or the internet, else a random one."""
-    checkpoint = os.environ.get("NSFW_CHECKPOINT")
-    if checkpoint:
-        return ["--nsfw-checkpoint", checkpoint]
+        return ["--clip-checkpoint", checkpoint], f"Real scores, by CLIP from {checkpoint}."
+    has_open_nsfw, open_nsfw_problem = True, ""
     try:
-        NsfwClassifier().for_embedding_size(768)
-        return []
+        OpenNsfwClassifier().ready()
     except SparkNsfwError as exc:
-        print(f"LAION's detector cannot be had, a random one takes its place:\n  {exc}\n")
-    torch.manual_seed(0)
-    path = directory / "random_detector.safetensors"
-    save_file(NsfwDetector(DETECTORS[768].widths).state_dict(), path)
-    return ["--nsfw-checkpoint", str(path)]
+        has_open_nsfw, open_nsfw_problem = False, str(exc)
+    model = os.environ.get("DEMO_MODEL", MODEL)
+    problem = hub_problem()
+    if problem is None:
+        try:
+            Recipe.of(TimmImageEmbedder(model, pretrained=True), [NsfwClassifier()]).ready()
+        except SparkNsfwError as exc:
+            problem = str(exc)
+        else:
+            both = ["--detector", "laion", "--detector", "open_nsfw"] if has_open_nsfw else []
+            beside = ", and by Yahoo's open_nsfw" if has_open_nsfw else ""
+            return (
+                ["--model", model, *both],
+                f"Real scores, by LAION's detector on CLIP ({model}){beside}.",
+            )
+    if has_open_nsfw:
+        return (
+            ["--detector", "open_nsfw"],
+            f"Real scores, by Yahoo's open_nsfw: CLIP's weights cannot be had here ({problem}).",
+        )
+    return (
+        ["--model", "test_vit2", "--embedding-size", "768", "--no-pretrained",
+         "--detector", "examples.demo:RedClassifier"],
+        "NO REAL SCORES: the share of red stands in for a detector. CLIP's weights cannot be had "
+        f"here ({problem}), nor open_nsfw's ({open_nsfw_problem}).",
+    )  # fmt: skip
+
+
+def say_and_run(*arguments: str) -> int:
+    """Print a command, so that it can be pasted, and run it."""
+    print("$", shlex.join(["spark-nsfw", *arguments]), flush=True)
+    status = main(list(arguments))
+    print(flush=True)
+    return status
 
 
 def run(directory: Path) -> int:
     """Make, score, show."""
-    shards, output = directory / "shards", directory / "metadata"
+    shards, output, report = (directory / name for name in ("shards", "metadata", "report.html"))
     marker = directory / MARKER
     if directory.exists() and any(directory.iterdir()) and not marker.exists():
         print(f"{directory} has files that no demo made: give another directory", file=sys.stderr)
@@ -71,16 +97,22 @@ def run(directory: Path) -> int:
     for left_over in (shards, output):
         shutil.rmtree(left_over, ignore_errors=True)
     make_shards(shards)
-    arguments = [str(shards), str(output), *tower_arguments(), *detector_arguments(directory)]
-    print("spark-nsfw score", " ".join(arguments), "\n", flush=True)
-    status = main(["score", *arguments])
+    arguments, meaning = choose_detector()
+    print(f"{meaning}\n")
+    status = say_and_run("score", str(shards), str(output), *arguments)
     metadata = active_or_local_session().read.parquet(str(output))
-    columns = ["shard", "key", "status", "nsfw_score", "image_embedding", "error_message"]
-    print("\nFirst rows:")
-    metadata.select(columns).orderBy("shard", "key").show(5, truncate=28)
+    scores = [name for name in metadata.columns if name.endswith("_score")]
+    print("The photographs as they are:")
+    metadata.where("shard = 'originals'").select("key", *scores).orderBy(scores[0]).show(20)
     print("What could not be scored:")
     failed = metadata.where("status != 'ok'").select("shard", "key", "status", "error_message")
     failed.orderBy("shard", "key").show(50, truncate=60)
+    status = (
+        say_and_run("report", str(output), "-o", str(report), "--shards", str(shards)) or status
+    )
+    print(
+        f"{meaning}\nOpen {report} in a browser: what every threshold keeps, and images to look at."
+    )
     return status
 
 

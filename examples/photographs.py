@@ -16,30 +16,50 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-__all__ = ["damaged_samples", "encode", "photographs", "write_photograph_shards", "write_shard"]
+__all__ = [
+    "damaged_samples",
+    "encode",
+    "originals",
+    "photographs",
+    "write_photograph_shards",
+    "write_shard",
+]
 
-_SKIMAGE = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
-_SKLEARN = ("china.jpg", "flower.jpg")
+_SKIMAGE = {
+    "astronaut": "astronaut",
+    "cat": "chelsea",
+    "coffee": "coffee",
+    "rocket": "rocket",
+    "hubble": "hubble_deep_field",
+    "retina": "retina",
+}
+_SKLEARN = {"palace": "china.jpg", "flower": "flower.jpg"}
 
 #: One sample for `write_shard`: its key, and each member's extension and content.
 RawSample = tuple[str, Sequence[tuple[str, bytes]]]
 
 
 @lru_cache(maxsize=1)
-def _originals() -> tuple[Image.Image, ...]:
+def _originals() -> dict[str, Image.Image]:
     from skimage import data
     from sklearn.datasets import load_sample_image
 
-    arrays = [getattr(data, name)() for name in _SKIMAGE]
-    arrays += [load_sample_image(name) for name in _SKLEARN]
-    return tuple(Image.fromarray(array) for array in arrays)
+    arrays = {key: getattr(data, name)() for key, name in _SKIMAGE.items()}
+    arrays |= {key: load_sample_image(name) for key, name in _SKLEARN.items()}
+    return {key: Image.fromarray(array) for key, array in arrays.items()}
+
+
+def originals() -> Iterator[RawSample]:
+    """The photographs as they are, under their names."""
+    for key, picture in _originals().items():
+        yield _photograph_sample(key, picture)
 
 
 def photographs(min_side: int = 400, max_side: int = 600, seed: int = 0) -> Iterator[Image.Image]:
     """Photographs without end, RGB, sides drawn between the two bounds, in pixels."""
-    draw = random.Random(seed)
+    draw, pictures = random.Random(seed), tuple(_originals().values())
     while True:
-        original = draw.choice(_originals())
+        original = draw.choice(pictures)
         width, height = original.size
         share = draw.uniform(0.5, 1.0)
         left, top = draw.uniform(0, 1 - share) * width, draw.uniform(0, 1 - share) * height

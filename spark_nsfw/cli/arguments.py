@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spark_nsfw.errors import InputError
 
 if TYPE_CHECKING:
-    from spark_nsfw.score.classifier import ImageClassifier
+    from spark_nsfw.score.detector import Detector
 
-__all__ = ["DEFAULT_MODEL", "Commands", "add_classifier_arguments", "classifiers", "names"]
+__all__ = ["DEFAULT_MODEL", "Commands", "add_detector_arguments", "detectors", "names"]
 
 #: What `argparse.ArgumentParser.add_subparsers` returns.
 if TYPE_CHECKING:
@@ -19,13 +23,21 @@ else:
 DEFAULT_MODEL = "vit_large_patch14_clip_quickgelu_224.openai"
 
 
-def add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options that choose classifiers and their weights."""
+def add_detector_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that choose detectors and their weights."""
+    group.add_argument(
+        "--detector",
+        action="append",
+        metavar="NAME[=FILE]",
+        help="laion (the default), aesthetic, open_nsfw, marqo or freepik, with the file of its "
+        "weights if they are not to be downloaded; hf-hub:OWNER/NAME@LABEL for a timm model of "
+        "the hub; MODULE:CLASS for one of your own. May be repeated: each adds its columns",
+    )
     group.add_argument(
         "--nsfw-checkpoint",
         metavar="FILE",
-        help="detector: LAION's zip, NeMo Curator's .pth, dataset2metadata's state dict or "
-        "safetensors (default: LAION's, downloaded once)",
+        help="weights of the detector laion: LAION's zip, NeMo Curator's .pth, dataset2metadata's "
+        "state dict or safetensors (default: LAION's, downloaded once)",
     )
     group.add_argument(
         "--nsfw-variant",
@@ -37,7 +49,7 @@ def add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--aesthetic",
         action="store_true",
-        help="also score with LAION-Aesthetics V2, into aesthetic_score (ViT-L/14 only)",
+        help="short for one more --detector aesthetic: LAION-Aesthetics V2, into aesthetic_score",
     )
     group.add_argument(
         "--aesthetic-checkpoint",
@@ -52,23 +64,31 @@ def add_classifier_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def classifiers(options: argparse.Namespace) -> list[ImageClassifier]:
-    """The classifiers that `add_classifier_arguments` chose."""
-    from spark_nsfw.score.aesthetic import AestheticClassifier
-    from spark_nsfw.score.nsfw import NsfwClassifier
+def detectors(options: argparse.Namespace) -> list[Detector[Any]]:
+    """The detectors that `add_detector_arguments` chose.
 
-    chosen: list[ImageClassifier] = [
-        NsfwClassifier(
-            model_path=options.nsfw_checkpoint,
-            variant=options.nsfw_variant,
-            models_dir=options.models,
-        )
-    ]
+    Raises:
+        InputError: one of them does not exist.
+    """
+    from spark_nsfw.score.registry import detector_of
+
+    # A class in the current directory is found like those that are installed.
+    sys.path.append(str(Path.cwd()))
+    chosen = list(options.detector or ["laion"])
+    if options.nsfw_checkpoint and not any(name.partition("=")[0] == "laion" for name in chosen):
+        raise InputError("--nsfw-checkpoint is for the detector laion: add --detector laion")
     if options.aesthetic or options.aesthetic_checkpoint:
-        chosen.append(
-            AestheticClassifier(model_path=options.aesthetic_checkpoint, models_dir=options.models)
+        chosen.append("aesthetic")
+    paths = {"laion": options.nsfw_checkpoint, "aesthetic": options.aesthetic_checkpoint}
+    return [
+        detector_of(
+            name,
+            models_dir=options.models,
+            variant=options.nsfw_variant,
+            model_path=paths.get(name),
         )
-    return chosen
+        for name in chosen
+    ]
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from spark_nsfw.cli.arguments import Commands, add_classifier_arguments, classifiers
+from spark_nsfw.cli.arguments import Commands, add_detector_arguments, detectors
 from spark_nsfw.cli.exit_status import status_of
 from spark_nsfw.cli.signals import stop_at_signals
+from spark_nsfw.errors import InputError
 from spark_nsfw.storage import absolute
 
 __all__ = ["add_parser"]
@@ -25,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("metadata", help="directory of the embeddings, or one Parquet file")
     parser.add_argument("output", help="directory for the Parquet metadata")
-    add_classifier_arguments(parser.add_argument_group("models"))
+    add_detector_arguments(parser.add_argument_group("models"))
     parser.add_argument(
         "--embedding-column",
         default="image_embedding",
@@ -56,18 +57,26 @@ def add_parser(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.ownership import refuse_overlap
     from spark_nsfw.read.embeddings import EmbeddingSource
+    from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_foreign_files
 
+    chosen = detectors(options)
+    for each in chosen:
+        if not isinstance(each, ImageClassifier):
+            raise InputError(
+                f"{each.model_name} looks at images, and classify reads none: `spark-nsfw score` "
+                "takes it"
+            )
     output, metadata = MetadataFiles.at(options.output), absolute(options.metadata)
     refuse_overlap(output.url, [metadata])
     refuse_foreign_files(output.url)
     source = EmbeddingSource.open(metadata, options.embedding_column, options.id_col)
     recipe = Recipe(
         None,
-        tuple(classifiers(options)),
+        tuple(chosen),
         device=options.device,
         keep_embeddings=options.embeddings,
         embedding_column=options.embedding_column,

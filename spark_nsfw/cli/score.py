@@ -8,8 +8,8 @@ import sys
 from spark_nsfw.cli.arguments import (
     DEFAULT_MODEL,
     Commands,
-    add_classifier_arguments,
-    classifiers,
+    add_detector_arguments,
+    detectors,
     names,
 )
 from spark_nsfw.cli.exit_status import status_of
@@ -25,8 +25,8 @@ def add_parser(commands: Commands) -> None:
         "score",
         help="score every image of some shards into Parquet",
         description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
-        "and write Parquet metadata partitioned by shard. Run a stopped command again to "
-        "continue where it stopped.",
+        "or with others, and write Parquet metadata partitioned by shard. Run a stopped command "
+        "again to continue where it stopped.",
         epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples and "
         "shards failed than --max-failed allows, or a shard was set aside, or nothing could be "
         "scored; 4 stopped: run the same command again to go on.",
@@ -45,7 +45,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="directory for the Parquet metadata")
 
     model = parser.add_argument_group("models")
-    model.add_argument("--model", default=DEFAULT_MODEL, help="timm tower (default: %(default)s)")
+    model.add_argument(
+        "--model",
+        help=f"timm tower for detectors that score embeddings (default: {DEFAULT_MODEL}); named "
+        "beside detectors that see pixels alone, it adds the embeddings",
+    )
     model.add_argument(
         "--clip-checkpoint",
         metavar="FILE",
@@ -64,7 +68,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="width of the embeddings, for towers without a projection of their own",
     )
-    add_classifier_arguments(model)
+    add_detector_arguments(model)
 
     speed = parser.add_argument_group("speed")
     speed.add_argument(
@@ -177,14 +181,18 @@ def _run(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` does not wait for torch and Spark.
     from spark_nsfw.read.paths import ShardInputs
     from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
+    from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.score.timm_embedder import TimmImageEmbedder
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
 
+    chosen = detectors(options)
+    needs_tower = any(isinstance(each, ImageClassifier) for each in chosen)
+    wants_tower = needs_tower or options.model or options.clip_checkpoint
     embedder = TimmImageEmbedder(
-        options.model,
+        options.model or DEFAULT_MODEL,
         pretrained=options.pretrained and options.clip_checkpoint is None,
         batch_size=options.batch_size,
         num_threads_per_worker=options.num_threads,
@@ -193,9 +201,13 @@ def _run(options: argparse.Namespace) -> int:
         embedding_size=options.embedding_size,
         decode=options.decode,
         models_dir=options.models,
-        classifiers=classifiers(options),
     )
-    recipe = Recipe.of(embedder, device=options.device, keep_embeddings=options.embeddings)
+    recipe = Recipe.of(
+        embedder if wants_tower else None,
+        chosen,
+        device=options.device,
+        keep_embeddings=options.embeddings,
+    )
     extensions = names(options.image_extensions)
     source = ShardSource(
         ShardInputs.parse(options.input),

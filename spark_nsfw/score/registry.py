@@ -1,0 +1,99 @@
+"""Detectors by the names that ``--detector`` takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from spark_nsfw.errors import InputError
+from spark_nsfw.score.aesthetic import AestheticClassifier
+from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.nsfw import NsfwClassifier
+from spark_nsfw.score.open_nsfw import OpenNsfwClassifier
+from spark_nsfw.score.pixel_classifier import PixelClassifier
+from spark_nsfw.score.timm_classifier import TimmImageClassifier
+
+__all__ = ["DETECTOR_NAMES", "detector_of"]
+
+_MARQO, _FREEPIK = "hf-hub:Marqo/nsfw-image-detection-384", "hf-hub:Freepik/nsfw_image_detector"
+
+#: Name → what makes it, of ``model_path`` and what else it takes of ``models_dir``, ``variant``.
+_KNOWN: dict[str, Callable[..., Detector[Any]]] = {
+    "laion": NsfwClassifier,
+    "aesthetic": AestheticClassifier,
+    "open_nsfw": OpenNsfwClassifier,
+    "marqo": lambda model_path: TimmImageClassifier(
+        _MARQO, pred_column="marqo_score", model_path=model_path
+    ),
+    "freepik": lambda model_path: TimmImageClassifier(
+        _FREEPIK, pred_column="freepik_score", model_path=model_path
+    ),
+}
+
+#: The names that need nothing but themselves.
+DETECTOR_NAMES = tuple(_KNOWN)
+
+
+def detector_of(text: str, **options: Any) -> Detector[Any]:
+    """The detector that a user named.
+
+    Args:
+        text: ``NAME``, ``NAME=FILE`` with the file of its weights,
+            ``hf-hub:OWNER/NAME@LABEL`` or ``…@LABEL+LABEL=FILE`` for a timm model of the hub,
+            or ``MODULE:CLASS`` for a class of one's own.
+        options: ``models_dir``, ``variant``; each detector gets those that it takes.
+
+    Raises:
+        InputError: there is no such detector, or a class that is none.
+    """
+    name, _, model_path = text.partition("=")
+    if name.startswith("hf-hub:"):
+        repository, _, labels = name.partition("@")
+        label = labels.split("+") if labels else None
+        return TimmImageClassifier(repository, label, model_path=model_path or None)
+    if ":" in name:
+        make: Callable[..., Detector[Any]] = _class_of(name)
+    elif name in _KNOWN:
+        make = _KNOWN[name]
+    else:
+        close = get_close_matches(name, DETECTOR_NAMES, n=1)
+        raise InputError(
+            f"there is no detector {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+            + f" There are {', '.join(DETECTOR_NAMES)}, hf-hub:OWNER/NAME@LABEL for a timm model "
+            "of the hub, and MODULE:CLASS for one of your own"
+        )
+    given = {
+        key: value for key, value in options.items() if key in inspect.signature(make).parameters
+    }
+    if model_path:
+        given["model_path"] = model_path
+    elif ":" not in name:
+        given.setdefault("model_path", None)
+    try:
+        return make(**given)
+    except TypeError as exc:
+        raise InputError(f"--detector {text}: {exc}") from exc
+
+
+def _class_of(name: str) -> type[Detector[Any]]:
+    """``package.module:Class`` → that class.
+
+    Raises:
+        InputError: it cannot be imported, or is no detector.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise InputError(f"--detector {name}: {exc}") from exc
+    if not (isinstance(found, type) and issubclass(found, (ImageClassifier, PixelClassifier))):
+        raise InputError(
+            f"--detector {name}: a detector is a subclass of spark_nsfw.ImageClassifier or "
+            f"spark_nsfw.PixelClassifier, not {found!r}"
+        )
+    return found
