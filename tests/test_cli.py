@@ -1,8 +1,10 @@
+import json
 import shutil
 import subprocess
 import sys
 import uuid
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -12,6 +14,7 @@ from test_ownership import listing, write_files
 
 from spark_nsfw import AestheticClassifier
 from spark_nsfw.cli import main
+from spark_nsfw.note import package_version
 from spark_nsfw.score.download import PublishedFile, file_sha256
 
 
@@ -235,19 +238,82 @@ def test_a_tower_that_is_not_staged_is_named(spark, shards, staged, tmp_path, ca
     assert "has no test_vit, only" in capsys.readouterr().err
 
 
-def test_inspect_says_what_made_an_output_and_warns_of_a_mixture(
-    spark, shards, tmp_path, detector_path, capsys
-):
+@pytest.fixture(scope="module")
+def made_in_two_ways(spark, shards, tmp_path_factory, detector_path):
+    """Two outputs, ``a`` and ``b``, beside each other."""
+    directory = tmp_path_factory.mktemp("made")
     for name, extra in [("a", []), ("b", ["--decode=exact"])]:
-        given = arguments(shards / "00000.tar", tmp_path / name, detector_path)
+        given = arguments(shards / "00000.tar", directory / name, detector_path)
         assert main(["score", *given, *extra]) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "a")]) == 0
+    return directory
+
+
+def test_inspect_sums_up_what_made_an_output(made_in_two_ways, detector_path, capsys):
+    output = str(made_in_two_ways / "a")
+    assert main(["inspect", output]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 13
+    for line in [
+        f"output       {output}",
+        "rows         11 in 1 shard, 2 files",
+        f"made by      spark_nsfw {package_version()}",
+        "tower        test_vit2",
+        "  weights    RANDOM (seed 0)",
+        "  embedding  width 768, L2 norm 1, float32",
+        "  pixels     OpenAI CLIP, 160 px, decode=fast",
+        "detector     NsfwClassifier torch → nsfw_score",
+        f"  weights    {detector_path}, sha256 905520bb0336…",
+        "RANDOM WEIGHTS: THESE SCORES MEAN NOTHING (the tower test_vit2)",
+    ]:
+        assert line in lines
+
+
+def test_inspect_as_json_has_the_complete_note(made_in_two_ways, detector_path, capsys):
+    assert main(["inspect", str(made_in_two_ways / "a"), "--json"]) == 0
+    (way,) = json.loads(capsys.readouterr().out)["made"]
+    assert (way["num_rows"], way["num_shards"], way["num_files"]) == (11, 1, 2)
+    assert way["random_weights"] == ["the tower test_vit2"]
+    note = way["note"]
+    assert note["embedder"]["model_name"] == "test_vit2"
+    assert "decode=fast" in note["embedder"]["preprocessing"]
+    assert note["classifiers"][0]["weights"]["sha256"] == file_sha256(detector_path)
+    assert note["version"] == package_version()
+
+
+def test_inspect_warns_of_a_mixture(made_in_two_ways, capsys):
+    assert main(["inspect", str(made_in_two_ways)]) == 1
     text = capsys.readouterr().out
-    for part in ["2 files", '"model_name": "test_vit2"', "905520bb", "decode=fast", '"version"']:
-        assert part in text
+    assert "mixes rows that were made in 2 ways" in text
+    assert text.count("rows         11 in 1 shard, 2 files") == 2
+    assert "decode=fast" in text
+    assert "decode=exact" in text
+    assert main(["inspect", str(made_in_two_ways), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["made"]) == 2
+    assert "mixes rows" in printed.err
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_inspect_imports_neither_torch_nor_spark(made_in_two_ways, option):
+    script = f"""
+import sys
+from spark_nsfw.cli import main
+assert main(["inspect", {str(made_in_two_ways / "a")!r}, *{option!r}]) == 0
+heavy = {{"torch", "timm", "pyspark", "pandas", "PIL"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_of_files_that_others_wrote_says_so(tmp_path, capsys):
+    pd.DataFrame({"x": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"no Parquet")
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "mixes rows that were made in 2 ways" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "rows         2 in 1 file\nmade by      no note: not written by spark_nsfw" in text
+    assert "made by      unreadable: " in text
+    assert str(tmp_path / "b.parquet") in text
 
 
 def test_inspect_without_parquet_is_refused(tmp_path, capsys):
