@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["ModelNote", "detector_of", "models_of", "random_models"]
+__all__ = [
+    "ModelNote",
+    "detector_of",
+    "detector_words",
+    "models_of",
+    "random_models",
+    "random_words",
+    "tower_words",
+]
 
 #: What of a model's entry `ModelNote` has an attribute for.
 _NAMED = ("classifier", "model_name", "variant", "pred_column", "weights")
@@ -82,3 +90,32 @@ def _model(role: str, name: str, entry: Mapping[str, Any]) -> ModelNote:
         and (role == "tower" or source.startswith("random")),
         options={key: value for key, value in entry.items() if key not in _NAMED},
     )
+
+
+def detector_words(notes: Sequence[Mapping[str, Any]], column: str) -> list[str]:
+    """The detectors that made a column's scores, one for each way in which rows were made."""
+    found = [detector_of(note, column) for note in notes]
+    return _each_once(None if model is None else _in_words(model) for model in found)
+
+
+def tower_words(notes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The towers that made the embeddings; empty if no note names one."""
+    models = [model for note in notes for model in models_of(note) if model.role == "tower"]
+    return _each_once(_in_words(model) for model in models)
+
+
+def random_words(notes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The models whose weights are random, in any of the ways."""
+    return _each_once(model for note in notes for model in random_models(note))
+
+
+def _in_words(model: ModelNote) -> str:
+    source = model.source
+    if "://" not in source:
+        source = source.rpartition("/")[2]  # where a file lay does not tell which it is
+    weights = replace(model, source=source).short_weights
+    return f"{model.name} (weights: {weights})"
+
+
+def _each_once(words: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(word for word in words if word is not None))
