@@ -18,6 +18,7 @@ from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
+from spark_nsfw.spark.output import with_note
 from spark_nsfw.spark.report import collect_report
 from spark_nsfw.use.agreement import (
     Agreement,
@@ -424,6 +425,116 @@ def test_the_command_counts_what_the_metadata_holds(spark, labelled, tmp_path, c
     assert "no column 'nope'" in capsys.readouterr().err
     assert output.read_text("utf-8") == plain
     assert {path.name for path in tmp_path.iterdir()} == {"in", "metadata", "report.html"}
+
+
+@pytest.fixture(scope="module")
+def three_scores(spark, tmp_path_factory):
+    """An output of 600 samples with three scores, two of which are far from 0 to 1."""
+    directory = tmp_path_factory.mktemp("three")
+    generator = np.random.default_rng(7)
+    nsfw = generator.beta(1, 8, 600).astype("float32")
+    frame = pd.DataFrame({
+        "shard": np.repeat(["x-1", "x-2"], 300), "key": [f"{i:06}" for i in range(300)] * 2,
+        "status": "ok", "width": np.float32(5), "embedding_norm": np.float32(9),
+        "other_score": (nsfw + generator.normal(0, 0.05, 600)).clip(0, 1).astype("float32"),
+        "nsfw_score": nsfw, "aesthetic_score": (1 + 8 * generator.random(600)).astype("float32"),
+    })  # fmt: skip
+    scores = ["other_score", "nsfw_score", "aesthetic_score"]
+    frame.loc[0, ["status", *scores]] = ["image_missing", None, None, None]
+    frame.loc[1, "other_score"] = None
+    plain = spark.createDataFrame(frame.astype(object).where(frame.notna(), None), _SCHEMA)
+    rows = with_note(plain, [*scores, "embedding_norm"], NOTE)
+    rows.write.partitionBy("shard").parquet(str(directory / "metadata"))
+    picture = encode(next(photographs()), quality=90)
+    for shard, some in frame.groupby("shard"):
+        members = ((key, [("jpg", picture)]) for key in some["key"])
+        write_shard(directory / "in" / f"{shard}.tar", members)
+    return directory, frame[2:]
+
+
+_SCHEMA = (
+    "shard string, key string, status string, width float, embedding_norm float, "
+    "other_score float, nsfw_score float, aesthetic_score float"
+)
+
+
+def test_every_score_column_is_shown_and_compared(spark, three_scores):
+    directory, frame = three_scores
+    data = collect_report(
+        spark, str(directory / "metadata"), threshold=0.2, other_thresholds={"aesthetic_score": 6}
+    )
+    assert data.score.column == "nsfw_score"
+    assert [score.column for score in data.others] == ["other_score", "aesthetic_score"]
+    assert [(s.low, s.high) for s in data.others] == [(0, 1), (1, 9)]
+    assert [s.threshold for s in (data.score, *data.others)] == [0.2, 0.5, 6]
+    columns = ["nsfw_score", "other_score", "aesthetic_score"]
+    assert data.agreement.columns == columns
+    assert (data.agreement.num_ranked, data.agreement.num_images) == (598, 598)
+    expected = stats.spearmanr(frame[columns]).statistic
+    assert data.agreement.correlations == pytest.approx(expected)
+    high = frame[columns] >= [0.2, 0.5, 6]
+    for found in data.agreement.decisions:
+        one, other = high[found.first], high[found.second]
+        assert found.share_differing == pytest.approx((one != other).mean(), abs=2e-3)
+    for score in (data.score, *data.others):
+        values = frame[score.column].to_numpy(np.float64)
+        for found in score.share_thresholds:
+            share = (values < found.value).mean()
+            assert share == pytest.approx(found.num_kept / score.num_scored, abs=2e-3)
+            assert found.wanted <= found.num_kept / score.num_scored
+    ranks = frame[columns].rank()
+    difference = (ranks["nsfw_score"] - ranks["other_score"]).sort_values(ascending=False)
+    first = frame.loc[difference.index[:8]]
+    assert [(s.shard, s.key) for s in data.agreement.contested[0]] == list(
+        zip(first["shard"], first["key"], strict=True)
+    )
+
+
+def test_of_more_images_a_sample_is_ranked(spark, three_scores, monkeypatch):
+    directory, frame = three_scores
+    monkeypatch.setattr("spark_nsfw.spark.agreement.MAX_RANKED", 200)
+    agreement = collect_report(spark, str(directory / "metadata")).agreement
+    assert agreement.num_images == len(frame)
+    assert 150 < agreement.num_ranked < 250
+    expected = stats.spearmanr(frame[list(agreement.columns)]).statistic
+    assert agreement.correlations == pytest.approx(expected, abs=0.15)
+    (nsfw_and_other, *_) = agreement.decisions
+    assert nsfw_and_other.num_images == len(frame)
+
+
+def test_the_command_shows_any_score_column(spark, three_scores, tmp_path, capsys):
+    directory, _ = three_scores
+    output = tmp_path / "report.html"
+    command = ["report", str(directory / "metadata"), "-o", str(output)]
+    chosen = ["--score-column=aesthetic_score", "--threshold=6", "--threshold=nsfw_score=0.2"]
+    assert main([*command, *chosen, "--shards", str(directory / "in")]) == 0
+    page = output.read_text("utf-8")
+    assert "<h1>aesthetic_score</h1>" in page
+    assert "kept below 6</div>" in page
+    assert "nsfw_score&nbsp;0.2<" in page
+    assert page.count("<h2>Scores and thresholds of ") == 3
+    assert page.count("Where decisions differ") == 1
+    assert "Samples that two detectors rank most differently" in page
+    assert page.count('class="band contested"') == 4
+    assert page.count('<img alt="sample') == 10 * 8 + 4 * 8
+    for unknown in ["width=0.5", "embedding_norm=0.5"]:
+        assert main([*command, f"--threshold={unknown}"]) == 2
+        assert "--threshold" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--threshold=high"])
+    assert "'high' is neither a score nor NAME=SCORE" in capsys.readouterr().err
+
+
+def test_without_nsfw_score_the_first_score_is_the_main_one(spark, three_scores, tmp_path, capsys):
+    directory, _ = three_scores
+    rows = spark.read.parquet(str(directory / "metadata")).drop("nsfw_score")
+    rows.write.partitionBy("shard").parquet(str(tmp_path / "metadata"))
+    data = collect_report(spark, str(tmp_path / "metadata"))
+    assert data.score.column == "other_score"
+    rows.select("shard", "key", "status").write.parquet(str(tmp_path / "none"))
+    command = ["report", str(tmp_path / "none"), "-o", str(tmp_path / "report.html")]
+    assert main(command) == 2
+    assert "--score-column" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_drawn_leaves_the_older_one(labelled, tmp_path, monkeypatch):
