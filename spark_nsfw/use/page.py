@@ -99,13 +99,19 @@ def render(data: ReportData) -> str:
     """
     refuse_missing_libraries()
     import jinja2
+    import markupsafe  # jinja2 is built on it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spark_nsfw.use"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"significant": significant, "share": _share}
+    environment.filters |= {
+        "significant": significant,
+        "share": _share,
+        # Where a narrow table may break a column's name.
+        "name": lambda name: markupsafe.escape(name).replace("_", markupsafe.Markup("_<wbr>")),
+    }
     columns = [score.column for score in (data.score, *data.others)]
     scored = data.score.num_scored
     page = environment.get_template("report.html.jinja").render(
