@@ -13,7 +13,7 @@ from test_job import arguments
 from test_ownership import listing, write_files
 
 from spark_nsfw import AestheticClassifier
-from spark_nsfw.cli import main
+from spark_nsfw.cli import _parser, main
 from spark_nsfw.note import package_version
 from spark_nsfw.score.download import PublishedFile, file_sha256
 
@@ -70,7 +70,7 @@ VERBS = ["score", "classify", "report", "export", "models", "models fetch", "ins
 def test_help_imports_neither_torch_nor_spark(verb):
     script = f"""
 import sys
-from spark_nsfw.cli import main
+from spark_nsfw.cli import _parser, main
 try:
     main({[*verb.split(), "--help"]!r})
 except SystemExit as exit_:
@@ -297,7 +297,7 @@ def test_inspect_warns_of_a_mixture(made_in_two_ways, capsys):
 def test_inspect_imports_neither_torch_nor_spark(made_in_two_ways, option):
     script = f"""
 import sys
-from spark_nsfw.cli import main
+from spark_nsfw.cli import _parser, main
 assert main(["inspect", {str(made_in_two_ways / "a")!r}, *{option!r}]) == 0
 heavy = {{"torch", "timm", "pyspark", "pandas", "PIL"}} & set(sys.modules)
 sys.exit(f"imported {{heavy}}" if heavy else 0)
@@ -319,3 +319,70 @@ def test_inspect_of_files_that_others_wrote_says_so(tmp_path, capsys):
 def test_inspect_without_parquet_is_refused(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no Parquet files" in capsys.readouterr().err
+
+
+def refused(capsys, *words):
+    """What the command says on stderr where it refuses its arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(words))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["scroe", "in", "out"], "score"),
+        (["score", "in", "out", "--bathc-size", "3"], "--batch-size"),
+        (["score", "in", "out", "--clip-chekpoint=x.pt"], "--clip-checkpoint"),
+        (["score", "in", "out", "--precision=flaot16"], "float16"),
+        (["score", "in", "out", "--device=cudo:1"], "cuda"),
+        (["export", "in", "out", "--shards=in", "--where=true", "--renumbr"], "--renumber"),
+        (["models", "fetsh", "dir"], "fetch"),
+    ],
+)
+def test_what_was_meant_is_suggested(words, meant, capsys):
+    error = refused(capsys, *words)
+    assert f"; did you mean {meant}?" in error
+    assert error.count("did you mean") == 1
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing(capsys):
+    error = refused(capsys, "report", "metadata", "-o", "x.html", "y.html", "--zzzz")
+    assert "unrecognized arguments: y.html --zzzz\n" in error
+    assert error.startswith("usage: spark-nsfw report ")
+    assert "did you mean" not in refused(capsys, "qqq")
+
+
+SCORE, EXPORT = ["score", "in", "out"], ["export", "m", "out", "--shards=in", "--where=true"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (SCORE, "--batch-size", "0"),
+        (SCORE, "--num-threads", "0"),
+        (SCORE, "--embedding-size", "-3"),
+        (SCORE, "--shards-per-wave", "two"),
+        (SCORE, "--settle-seconds", "-1"),
+        (SCORE, "--settle-seconds", "nan"),
+        (SCORE, "--max-failed", "-1%"),
+        (SCORE, "--max-failed", "-5"),
+        (SCORE, "--device", "gpu"),
+        (SCORE, "--device", "cuda:first"),
+        (SCORE, "--image-extensions", ","),
+        (["classify", "m", "out"], "--device", "gpu"),
+        (EXPORT, "--samples-per-shard", "0"),
+        (EXPORT, "--shard-digits", "0"),
+        (["report", "m", "-o", "x.html"], "--recall", "0"),
+        (["report", "m", "-o", "x.html"], "--recall", "1.5"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_its_flag(command, option, value, capsys):
+    assert f"argument {option}: {value!r} " in refused(capsys, *command, f"{option}={value}")
+
+
+def test_image_extensions_may_have_dots_and_capitals():
+    parse = _parser().parse_args
+    assert parse([*SCORE, "--image-extensions=.JPG, png"]).image_extensions == ("jpg", "png")
+    assert parse(SCORE).image_extensions is None

@@ -671,7 +671,7 @@ def test_an_empty_selection_writes_no_shard(spark, scored, shards, tmp_path, cap
         (["--where=nsfw_score <"], "nsfw_score <"),
         (["--where=nsfw_score"], "nsfw_score"),
         (["--where=true", "--columns=depth"], "no column depth"),
-        (["--where=true", "--renumber"], "set samples_per_shard"),
+        (["--where=true", "--renumber"], "set --samples-per-shard"),
         (["--where=true", "--samples-per-shard=3", "--renumber", "--old-id-col=width"], "width"),
         (["--where=true", "--samples-per-shard=1", "--shard-digits=1"], "cannot be numbered"),
     ],

@@ -6,6 +6,7 @@ import argparse
 
 from spark_nsfw.cli.arguments import Commands
 from spark_nsfw.cli.exit_status import ExitStatus
+from spark_nsfw.cli.parser import share
 
 __all__ = ["add_parser"]
 
@@ -55,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--recall",
-        type=float,
+        type=share,
         default=0.95,
         help="share of the labelled unsafe samples to remove; the page gives the threshold for it "
         "(default: %(default)s)",

@@ -81,9 +81,11 @@ def collect_report(
     notes = inspect_output(metadata)
     rows = spark.read.parquet(metadata)
     columns = _score_columns(rows.schema, score_column, metadata)
-    for name in (SHARD, STATUS, KEY, columns[0], *([label_column] if label_column else [])):
+    for name in (SHARD, STATUS, KEY, *([label_column] if label_column else [])):
         if name not in rows.columns:
-            raise InputError(f"{metadata} has no column {name!r}: {', '.join(rows.columns)}")
+            option = " for --label-column (label_column)" if name == label_column else ""
+            there = ", ".join(rows.columns)
+            raise InputError(f"{metadata} has no column {name!r}{option}; there are {there}")
     thresholds = dict(other_thresholds or {})
     for name in thresholds.keys() - set(columns):
         raise InputError(
@@ -137,8 +139,8 @@ def _score_columns(schema: StructType, main: str | None, metadata: str) -> list[
         main = found[0]
     if main not in schema.names:
         raise InputError(
-            f"{metadata} has no column {main!r}: {', '.join(schema.names)}. Name the column of "
-            "scores with --score-column (score_column)"
+            f"{metadata} has no column {main!r}; there are {', '.join(schema.names)}. Name the one "
+            "with the scores with --score-column (score_column)"
         )
     return [main, *(name for name in found if name != main)]
 
