@@ -1,10 +1,11 @@
 #!/bin/sh
 # Set up .venv with the package and everything its demo, tests and linters need.
-# Usage: scripts/setup.sh [VENV_DIRECTORY]; PYTHON names the interpreter.
+# Usage: scripts/setup.sh [VENV_DIRECTORY]; PYTHON names the interpreter, otherwise one that fits
+# is looked for on the PATH.
 set -eu
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
-python=${PYTHON:-python3}
+python=$(scripts/find_python.sh) || exit 1
 
 install_package() {
     # Debian and Ubuntu; as root, or through sudo where it asks no password.
@@ -38,17 +39,13 @@ if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; th
     install_package chromium chromium-browser || echo "setup: none to be had; that test is skipped"
 fi
 
-if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))'; then
-    echo "setup: Python 3.10, 3.11 or 3.12 is needed; name one with PYTHON=python3.11" >&2
-    exit 1
-fi
-
 if [ ! -x "$venv/bin/pip" ]; then
     "$python" -m venv "$venv" 2>/dev/null || {
         echo "setup: this Python has no venv module, installing it"
         rm -rf "$venv"
-        install_package python3-venv || {
-            echo "setup: install python3-venv and run this again" >&2
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        install_package "python$version-venv" python3-venv || {
+            echo "setup: install python$version-venv and run this again" >&2
             exit 1
         }
         "$python" -m venv "$venv"

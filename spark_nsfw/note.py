@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,10 +18,12 @@ from spark_nsfw.storage import open_input
 
 __all__ = [
     "PROVENANCE",
+    "Footer",
     "inspect_output",
     "merged_note",
     "note_in",
     "package_version",
+    "read_footers",
     "refuse_another_note",
     "same_note",
 ]
@@ -46,8 +49,25 @@ def merged_note(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return note
 
 
-def inspect_output(output: str) -> dict[str, list[str]]:
-    """The notes of an output's Parquet files: note as indented JSON → the files that have it.
+@dataclass(frozen=True)
+class Footer:
+    """What the footer of one Parquet file tells.
+
+    Attributes:
+        file: its path or URL.
+        num_rows: that it holds; 0 if it cannot be read.
+        note: what made them; None if that is not noted.
+        problem: why there is no note; empty if there is one.
+    """
+
+    file: str
+    num_rows: int
+    note: dict[str, Any] | None
+    problem: str = ""
+
+
+def read_footers(output: str) -> list[Footer]:
+    """The footers of an output's Parquet files; no row is read.
 
     Args:
         output: directory of Parquet files, or one file; a path or URL.
@@ -59,22 +79,35 @@ def inspect_output(output: str) -> dict[str, list[str]]:
     files = [root + name for name in names if name.endswith(".parquet")]
     if not files:
         raise InputError(f"{output}: there are no Parquet files")
-    notes: dict[str, list[str]] = {}
     with ThreadPoolExecutor(16) as pool:
-        for file, note in zip(files, pool.map(_note, files), strict=True):
-            notes.setdefault(note, []).append(file)
+        return list(pool.map(_footer, files))
+
+
+def inspect_output(output: str) -> dict[str, list[str]]:
+    """The notes of an output's Parquet files: note as indented JSON → the files that have it.
+
+    Args:
+        output: directory of Parquet files, or one file; a path or URL.
+
+    Raises:
+        InputError: there are no Parquet files.
+    """
+    notes: dict[str, list[str]] = {}
+    for footer in read_footers(output):
+        note = footer.problem or json.dumps(footer.note, indent=2, sort_keys=True)
+        notes.setdefault(note, []).append(footer.file)
     return notes
 
 
-def _note(path: str) -> str:
+def _footer(path: str) -> Footer:
     try:
         with open_input(path) as stream:
-            note = note_in(pq.read_metadata(stream).metadata or {})
+            metadata = pq.read_metadata(stream)
     except (OSError, pa.ArrowException) as exc:
-        return f"unreadable: {exc}"
-    if note is None:
-        return "no note: not written by spark_nsfw"
-    return json.dumps(note, indent=2, sort_keys=True)
+        return Footer(path, 0, None, f"unreadable: {exc}")
+    note = note_in(metadata.metadata or {})
+    problem = "no note: not written by spark_nsfw" if note is None else ""
+    return Footer(path, metadata.num_rows, note, problem)
 
 
 def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:

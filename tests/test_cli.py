@@ -1,8 +1,10 @@
+import json
 import shutil
 import subprocess
 import sys
 import uuid
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -11,7 +13,8 @@ from test_job import arguments
 from test_ownership import listing, write_files
 
 from spark_nsfw import AestheticClassifier
-from spark_nsfw.cli import main
+from spark_nsfw.cli import _parser, main
+from spark_nsfw.note import package_version
 from spark_nsfw.score.download import PublishedFile, file_sha256
 
 
@@ -67,7 +70,7 @@ VERBS = ["score", "classify", "report", "export", "models", "models fetch", "ins
 def test_help_imports_neither_torch_nor_spark(verb):
     script = f"""
 import sys
-from spark_nsfw.cli import main
+from spark_nsfw.cli import _parser, main
 try:
     main({[*verb.split(), "--help"]!r})
 except SystemExit as exit_:
@@ -235,21 +238,151 @@ def test_a_tower_that_is_not_staged_is_named(spark, shards, staged, tmp_path, ca
     assert "has no test_vit, only" in capsys.readouterr().err
 
 
-def test_inspect_says_what_made_an_output_and_warns_of_a_mixture(
-    spark, shards, tmp_path, detector_path, capsys
-):
+@pytest.fixture(scope="module")
+def made_in_two_ways(spark, shards, tmp_path_factory, detector_path):
+    """Two outputs, ``a`` and ``b``, beside each other."""
+    directory = tmp_path_factory.mktemp("made")
     for name, extra in [("a", []), ("b", ["--decode=exact"])]:
-        given = arguments(shards / "00000.tar", tmp_path / name, detector_path)
+        given = arguments(shards / "00000.tar", directory / name, detector_path)
         assert main(["score", *given, *extra]) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(tmp_path / "a")]) == 0
+    return directory
+
+
+def test_inspect_sums_up_what_made_an_output(made_in_two_ways, detector_path, capsys):
+    output = str(made_in_two_ways / "a")
+    assert main(["inspect", output]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 13
+    for line in [
+        f"output       {output}",
+        "rows         11 in 1 shard, 2 files",
+        f"made by      spark_nsfw {package_version()}",
+        "tower        test_vit2",
+        "  weights    RANDOM (seed 0)",
+        "  embedding  width 768, L2 norm 1, float32",
+        "  pixels     OpenAI CLIP, 160 px, decode=fast",
+        "detector     NsfwClassifier torch → nsfw_score",
+        f"  weights    {detector_path}, sha256 905520bb0336…",
+        "RANDOM WEIGHTS: THESE SCORES MEAN NOTHING (the tower test_vit2)",
+    ]:
+        assert line in lines
+
+
+def test_inspect_as_json_has_the_complete_note(made_in_two_ways, detector_path, capsys):
+    assert main(["inspect", str(made_in_two_ways / "a"), "--json"]) == 0
+    (way,) = json.loads(capsys.readouterr().out)["made"]
+    assert (way["num_rows"], way["num_shards"], way["num_files"]) == (11, 1, 2)
+    assert way["random_weights"] == ["the tower test_vit2"]
+    note = way["note"]
+    assert note["embedder"]["model_name"] == "test_vit2"
+    assert "decode=fast" in note["embedder"]["preprocessing"]
+    assert note["classifiers"][0]["weights"]["sha256"] == file_sha256(detector_path)
+    assert note["version"] == package_version()
+
+
+def test_inspect_warns_of_a_mixture(made_in_two_ways, capsys):
+    assert main(["inspect", str(made_in_two_ways)]) == 1
     text = capsys.readouterr().out
-    for part in ["2 files", '"model_name": "test_vit2"', "905520bb", "decode=fast", '"version"']:
-        assert part in text
+    assert "mixes rows that were made in 2 ways" in text
+    assert text.count("rows         11 in 1 shard, 2 files") == 2
+    assert "decode=fast" in text
+    assert "decode=exact" in text
+    assert main(["inspect", str(made_in_two_ways), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["made"]) == 2
+    assert "mixes rows" in printed.err
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_inspect_imports_neither_torch_nor_spark(made_in_two_ways, option):
+    script = f"""
+import sys
+from spark_nsfw.cli import _parser, main
+assert main(["inspect", {str(made_in_two_ways / "a")!r}, *{option!r}]) == 0
+heavy = {{"torch", "timm", "pyspark", "pandas", "PIL"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inspect_of_files_that_others_wrote_says_so(tmp_path, capsys):
+    pd.DataFrame({"x": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"no Parquet")
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "mixes rows that were made in 2 ways" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "rows         2 in 1 file\nmade by      no note: not written by spark_nsfw" in text
+    assert "made by      unreadable: " in text
+    assert str(tmp_path / "b.parquet") in text
 
 
 def test_inspect_without_parquet_is_refused(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert "no Parquet files" in capsys.readouterr().err
+
+
+def refused(capsys, *words):
+    """What the command says on stderr where it refuses its arguments."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(words))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["scroe", "in", "out"], "score"),
+        (["score", "in", "out", "--bathc-size", "3"], "--batch-size"),
+        (["score", "in", "out", "--clip-chekpoint=x.pt"], "--clip-checkpoint"),
+        (["score", "in", "out", "--precision=flaot16"], "float16"),
+        (["score", "in", "out", "--device=cudo:1"], "cuda"),
+        (["export", "in", "out", "--shards=in", "--where=true", "--renumbr"], "--renumber"),
+        (["models", "fetsh", "dir"], "fetch"),
+    ],
+)
+def test_what_was_meant_is_suggested(words, meant, capsys):
+    error = refused(capsys, *words)
+    assert f"; did you mean {meant}?" in error
+    assert error.count("did you mean") == 1
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing(capsys):
+    error = refused(capsys, "report", "metadata", "-o", "x.html", "y.html", "--zzzz")
+    assert "unrecognized arguments: y.html --zzzz\n" in error
+    assert error.startswith("usage: spark-nsfw report ")
+    assert "did you mean" not in refused(capsys, "qqq")
+
+
+SCORE, EXPORT = ["score", "in", "out"], ["export", "m", "out", "--shards=in", "--where=true"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (SCORE, "--batch-size", "0"),
+        (SCORE, "--num-threads", "0"),
+        (SCORE, "--embedding-size", "-3"),
+        (SCORE, "--shards-per-wave", "two"),
+        (SCORE, "--settle-seconds", "-1"),
+        (SCORE, "--settle-seconds", "nan"),
+        (SCORE, "--max-failed", "-1%"),
+        (SCORE, "--max-failed", "-5"),
+        (SCORE, "--device", "gpu"),
+        (SCORE, "--device", "cuda:first"),
+        (SCORE, "--image-extensions", ","),
+        (["classify", "m", "out"], "--device", "gpu"),
+        (EXPORT, "--samples-per-shard", "0"),
+        (EXPORT, "--shard-digits", "0"),
+        (["report", "m", "-o", "x.html"], "--recall", "0"),
+        (["report", "m", "-o", "x.html"], "--recall", "1.5"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_its_flag(command, option, value, capsys):
+    assert f"argument {option}: {value!r} " in refused(capsys, *command, f"{option}={value}")
+
+
+def test_image_extensions_may_have_dots_and_capitals():
+    parse = _parser().parse_args
+    assert parse([*SCORE, "--image-extensions=.JPG, png"]).image_extensions == ("jpg", "png")
+    assert parse(SCORE).image_extensions is None

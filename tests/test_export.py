@@ -23,6 +23,7 @@ from test_ownership import listing, write_files
 
 from examples.photographs import encode, photographs, write_photograph_shards, write_shard
 from spark_nsfw import (
+    AestheticClassifier,
     ImageClassifier,
     ImageTextPairDataset,
     NsfwClassifier,
@@ -353,8 +354,6 @@ def test_one_key_in_two_shards_is_refused_with_both_named(tmp_path):
 @pytest.fixture(scope="module")
 def scored(spark, shards, detector_path, tmp_path_factory):
     """The metadata of the damaged and whole shards, and its rows."""
-    from spark_nsfw import NsfwClassifier, TimmImageEmbedder
-
     output = tmp_path_factory.mktemp("scored") / "metadata"
     embedder = TimmImageEmbedder(
         "test_vit2", embedding_size=768, classifiers=[NsfwClassifier(model_path=detector_path)]
@@ -418,6 +417,31 @@ def test_clean_shards_have_the_bytes_of_what_was_selected(
     assert "shard_truncated                 1" in out
     left = sorted(p.name for p in (tmp_path / "out" / "_spark_nsfw").iterdir())
     assert left == ["plan.json"]
+
+
+def test_a_predicate_may_use_any_score_column(
+    spark, shards, detector_path, aesthetic_path, tmp_path
+):
+    embedder = TimmImageEmbedder(
+        "test_vit2",
+        embedding_size=768,
+        classifiers=[
+            NsfwClassifier(model_path=detector_path),
+            AestheticClassifier(model_path=aesthetic_path),
+        ],
+    )
+    tar = shards / "00000.tar"
+    score_into(spark, str(tar), tmp_path / "metadata", embedder, plan="fused")
+    frame = pd.read_parquet(tmp_path / "metadata")
+    least, most = frame["aesthetic_score"].median(), frame["nsfw_score"].quantile(0.9)
+    where = f"aesthetic_score >= {least} and nsfw_score < {most}"
+    scored = (tmp_path / "metadata", frame)
+    assert main(command(scored, tmp_path / "out", tar, "--where", where)) == 0
+    kept = frame[(frame["aesthetic_score"] >= least) & (frame["nsfw_score"] < most)]
+    assert 0 < len(kept) < len(frame)
+    assert list(samples_of(tmp_path / "out" / "00000.tar")) == kept["key"].tolist()
+    sidecar = pd.read_parquet(tmp_path / "out" / "00000.parquet")
+    assert sidecar["aesthetic_score"].tolist() == kept["aesthetic_score"].tolist()
 
 
 def test_the_output_is_a_dataset_whose_sidecar_rows_stay_with_their_samples(
@@ -647,7 +671,7 @@ def test_an_empty_selection_writes_no_shard(spark, scored, shards, tmp_path, cap
         (["--where=nsfw_score <"], "nsfw_score <"),
         (["--where=nsfw_score"], "nsfw_score"),
         (["--where=true", "--columns=depth"], "no column depth"),
-        (["--where=true", "--renumber"], "set samples_per_shard"),
+        (["--where=true", "--renumber"], "set --samples-per-shard"),
         (["--where=true", "--samples-per-shard=3", "--renumber", "--old-id-col=width"], "width"),
         (["--where=true", "--samples-per-shard=1", "--shard-digits=1"], "cannot be numbered"),
     ],

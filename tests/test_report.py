@@ -11,21 +11,40 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy import stats
 from sklearn import metrics
 
 from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
+from spark_nsfw.spark.output import with_note
+from spark_nsfw.spark.report import collect_report
+from spark_nsfw.use.agreement import (
+    Agreement,
+    ContestedSample,
+    Decisions,
+    most_contested,
+    rank_correlations,
+)
 from spark_nsfw.use.page import refuse_page_file, render, write_page
 from spark_nsfw.use.report import (
     NUM_BINS,
     LabelCounts,
     ReportData,
+    ScoreCounts,
     ShardCounts,
     Thumbnail,
     images_per_second,
     outliers,
+)
+from spark_nsfw.use.thresholds import (
+    SHARES_KEPT,
+    LabelThreshold,
+    fewest_digits_that_keep,
+    significant,
+    thresholds_above,
+    thresholds_below,
 )
 
 
@@ -42,16 +61,26 @@ def counts_of(scores):
     return np.histogram(scores, NUM_BINS, (0, 1))[0]
 
 
+def score_counts(scores, column="nsfw_score", threshold=0.5):
+    total = len(scores)
+    found = [
+        fewest_digits_that_keep(
+            wanted, total, [(t, int((scores < t).sum())) for t in thresholds_above(quantile)]
+        )
+        for wanted in SHARES_KEPT
+        for quantile in [np.quantile(scores, wanted, method="inverted_cdf")]
+    ]
+    high = int((scores >= threshold).sum())
+    return ScoreCounts(column, 0.0, 1.0, counts_of(scores), threshold, high, found)
+
+
 def report_data(scores, unsafe=None, **more):
     labels = None
     if unsafe is not None:
         labels = LabelCounts("is_unsafe", counts_of(scores[unsafe]), counts_of(scores[~unsafe]))
     given = {
         "source": "/data/metadata",
-        "score_column": "nsfw_score",
-        "low": 0.0,
-        "high": 1.0,
-        "counts": counts_of(scores),
+        "score": score_counts(scores),
         "num_by_status": {"ok": len(scores), "image_undecodable": 37},
         "shards": [ShardCounts(f"{i:05}", 100, 1, 8, 1e9 + 60 * i) for i in range(50)],
     }
@@ -60,7 +89,7 @@ def report_data(scores, unsafe=None, **more):
 
 def test_what_a_threshold_keeps_is_what_is_below_it(labelled):
     scores, _ = labelled
-    data = report_data(scores)
+    data = score_counts(scores)
     for threshold in (0.0, 0.1, 0.5, 0.9, 1.0):
         assert data.share_kept[data.at(threshold)] == pytest.approx((scores < threshold).mean())
 
@@ -70,18 +99,94 @@ def test_precision_recall_and_roc_are_scikit_learns(labelled):
     data = report_data(scores, unsafe)
     assert data.labels.area_under_roc == pytest.approx(metrics.roc_auc_score(unsafe, scores))
     for threshold in (0.05, 0.3, 0.7):
-        removed, at = scores >= threshold, data.at(threshold)
+        removed, at = scores >= threshold, data.score.at(threshold)
         assert data.labels.recall[at] == pytest.approx(metrics.recall_score(unsafe, removed))
         assert data.labels.precision[at] == pytest.approx(metrics.precision_score(unsafe, removed))
         assert data.labels.false_positive_rate[at] == pytest.approx(removed[~unsafe].mean())
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.95, 1.0])
-def test_the_threshold_for_a_recall_is_the_highest_that_has_it(labelled, recall):
-    scores, unsafe = labelled
-    threshold = report_data(scores, unsafe).threshold_for(recall)
-    assert (scores[unsafe] >= threshold).mean() >= recall
-    assert (scores[unsafe] >= threshold + 1 / NUM_BINS).mean() < recall
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_the_threshold_for_a_recall_is_the_highest_that_has_it(
+    spark, labelled, tmp_path, recall, scale
+):
+    scores, unsafe = (labelled[0] * scale).astype(np.float32), labelled[1]
+    keys = [f"{i:06}" for i in range(len(scores))]
+    rows = {"key": keys, "status": "ok", "nsfw_score": scores, "is_unsafe": unsafe}
+    write_metadata(tmp_path / "metadata", {"x-1": pd.DataFrame(rows)})
+    found = collect_report(
+        spark, str(tmp_path / "metadata"), label_column="is_unsafe", wanted_recall=recall
+    ).wanted
+    removed = scores >= found.value
+    assert (scores[unsafe] >= found.value).mean() >= recall
+    assert (scores[unsafe] >= found.value + 1 / NUM_BINS).mean() < recall
+    assert found.recall == pytest.approx(metrics.recall_score(unsafe, removed))
+    assert found.precision == pytest.approx(metrics.precision_score(unsafe, removed))
+    assert found.false_positive_rate == pytest.approx(removed[~unsafe].mean())
+    if recall < 1:
+        assert 0 < found.value < scale
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.000123, "0.000123"), (0.5, "0.5"), (0.00012345, "0.000123"), (0.0, "0"), (1, "1"),
+        (0.9996, "0.9996"), (0.12346, "0.1235"), (6.25, "6.25"), (1.2345e-8, "1.23e-08"),
+        (-0.5, "-0.5"),
+    ],
+)  # fmt: skip
+def test_a_number_keeps_its_significant_digits(value, text):
+    assert significant(value) == text
+
+
+@pytest.mark.parametrize("value", [0.0, 4.48e-6, 0.3, 0.99961, 5.25, -0.25, -3.2, 9.999, 123456.0])
+@pytest.mark.parametrize("number", [float, np.float32])
+def test_thresholds_are_just_above_or_below_a_score_in_few_digits(value, number):
+    value = float(number(value))
+    above, below = thresholds_above(value), thresholds_below(value)
+    assert above == sorted(above, reverse=True)
+    assert below == sorted(below)
+    assert all(low <= value < high for low, high in zip(below, above, strict=True))
+    assert max(abs(above[-1] - value), abs(below[-1] - value)) <= abs(value) * 1e-8 + 1e-12
+    assert max(abs(above[0] - value), abs(below[0] - value)) <= abs(value) / 100 + 1e-12
+    assert all(float(significant(t, 9)) == t for t in above + below)
+
+
+def test_a_threshold_that_keeps_a_share_is_short_and_keeps_hardly_more():
+    scores = np.random.default_rng(3).beta(1, 30, 10_000)
+    for wanted in SHARES_KEPT:
+        quantile = np.quantile(scores, wanted, method="inverted_cdf")
+        candidates = [(t, int((scores < t).sum())) for t in thresholds_above(quantile)]
+        found = fewest_digits_that_keep(wanted, 10_000, candidates)
+        assert (scores < found.value).sum() == found.num_kept
+        assert wanted <= found.num_kept / 10_000 <= wanted + (1 - wanted) / 50 + 1e-4
+    tied = [(t, int((t > 0.25) * 100)) for t in thresholds_above(0.25)]
+    assert fewest_digits_that_keep(0.5, 100, tied).value == 0.251
+
+
+def test_ranks_are_compared_as_scipy_compares_them():
+    generator = np.random.default_rng(2)
+    scores = pd.DataFrame({"a": generator.random(500).round(1), "b": generator.random(500)})
+    scores["c"] = scores["a"] ** 3 + scores["b"].round(1)
+    scores["d"] = 0.5
+    columns = ["a", "b", "c"]
+    expected = stats.spearmanr(scores[columns]).statistic
+    assert rank_correlations(scores, columns) == pytest.approx(expected)
+    assert np.isnan(rank_correlations(scores, ["a", "d"])[0, 1])
+
+
+def test_the_most_contested_samples_are_those_whose_ranks_differ_most():
+    scores = pd.DataFrame({
+        "shard": "s", "key": ["p", "q", "r", "s", "t"],
+        "a": [0.1, 0.2, 0.3, 0.4, 0.9], "b": [50.0, 2.0, 3.0, 4.0, 1.0],
+    })  # fmt: skip
+    high, low = most_contested(scores, ["a", "b"], 3)
+    assert [sample.key for sample in high] == ["t"]
+    assert [sample.key for sample in low] == ["p"]
+    assert (high[0].high_column, high[0].low_column) == ("a", "b")
+    assert (high[0].high_score, high[0].low_score) == (0.9, 1.0)
+    assert (high[0].high_rank, high[0].low_rank) == (1.0, 0.0)
+    assert most_contested(scores.assign(b=scores["a"]), ["a", "b"], 3) == []
 
 
 def test_shards_stand_out_when_chance_does_not_explain_them():
@@ -98,6 +203,39 @@ def test_throughput_is_of_the_time_between_the_files():
               ShardCounts("c", 200, 0, 0, 120.0)]  # fmt: skip
     assert images_per_second(shards) == pytest.approx(25.0)
     assert images_per_second(shards[:1]) is None
+
+
+OTHER = "another_detectors_score"
+
+NOTE = {
+    "version": "1",
+    "sha256": "0" * 200,
+    "embedder": {"model_name": "test_vit2", "weights": {"source": "random (seed 0)"}},
+    "classifiers": [
+        {
+            "classifier": "NsfwClassifier",
+            "variant": "laion",
+            "pred_column": "nsfw_score",
+            "weights": {"source": "/models/detector.zip", "sha256": "905520bb0336" + "0" * 52},
+        }
+    ],
+}
+
+
+def agreement(pictures):
+    contested = [
+        [
+            ContestedSample(
+                "a/very/long/" + "shard_name" * 8, f"{i:09}", *order, 0.9, 4e-5, 1, 0, p
+            )
+            for i, p in enumerate(pictures[:4])
+        ]
+        for order in [("nsfw_score", OTHER), (OTHER, "nsfw_score")]
+    ]
+    correlations = np.array([[1, 0.25], [0.25, 1]])
+    decisions = [Decisions("nsfw_score", OTHER, 5000, 321, 12)]
+    columns = ["nsfw_score", OTHER]
+    return Agreement(columns, correlations, 200_123, 5_000_000, decisions, contested)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +258,48 @@ def page(labelled):
         source="/data/" + "metadata" * 20,
         shards=[*report_data(scores).shards, odd],
         thumbnails=thumbnails,
-        notes=[{"version": "1", "sha256": "0" * 200}, {"version": "2"}],
+        notes=[NOTE, {"version": "2"}],
+        wanted=LabelThreshold(0.000123, 0.95, 0.5, 0.1),
+        others=[score_counts(scores**2, OTHER)],
+        agreement=agreement(pictures),
     )
     return render(data)
+
+
+def test_the_page_says_at_the_top_what_made_the_scores(page):
+    top = re.sub(r"<[^>]+>", "", page[page.index("<h1>") : page.index('class="facts"')])
+    assert "These scores mean nothing: the weights of the tower test_vit2 are random." in top
+    assert "nsfw_score is by the detector NsfwClassifier laion (weights: detector.zip, " in top
+    assert "sha256 905520bb0336…)" in top
+    assert f"Nothing in the files tells which detector made {OTHER}." in top
+
+
+def test_weights_of_a_file_raise_no_alarm(labelled):
+    tower = {"model_name": "ViT-L-14", "weights": {"source": "x.pt", "sha256": "b8cca3fd41ae00"}}
+    page = render(report_data(labelled[0], notes=[NOTE | {"embedder": tower}]))
+    assert "mean nothing" not in page
+    assert "Embeddings are by the tower ViT-L-14 (weights: x.pt, sha256 b8cca3fd41ae…)." in page
+    assert "detectors agree" not in page  # there is one
+
+
+def test_the_page_shows_how_the_detectors_agree(page):
+    section = page[page.index("How the detectors agree") :].replace("<wbr>", "")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", section))
+    assert "on a sample: 200,123 of the 5,000,000 images that have every score" in text
+    assert "nsfw_score 1.000 0.250" in text
+    assert "the two decide differently 333 6.66%" in text
+    assert "321 6.42%" in text
+    assert f"High by nsfw_score, low by {OTHER}" in text
+    assert "0.9 (100%) / 0.00004 (0%)" in text
+
+
+def test_a_small_threshold_is_not_shown_as_zero(page):
+    assert '<b class="wanted">0.000123</b>' in page
+    small = render(report_data(np.random.default_rng(4).beta(1, 8, 5000) * 1e-4))
+    shown = re.findall(r'threshold">([^<]+)<', small)
+    assert len(shown) == 5
+    assert all(0 < float(threshold) < 1e-4 for threshold in shown)
+    assert len(set(shown)) == 5
 
 
 def test_the_page_needs_no_network_and_runs_no_script(page):
@@ -184,7 +361,7 @@ def test_the_page_in_a_browser(page, chromium, tmp_path, name, width):
     ).stdout  # fmt: skip
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', dump, re.DOTALL)[1]))
     assert (found["width"], found["over"]) == (0, [])
-    assert found["loaded"] == 12
+    assert found["loaded"] == 12 + 8
     assert all(blur.startswith("blur(") for blur in found["before"])
     assert found["after"][0] == "none"
     assert found["after"][1:] == found["before"][1:]
@@ -247,6 +424,116 @@ def test_the_command_counts_what_the_metadata_holds(spark, labelled, tmp_path, c
     assert "no column 'nope'" in capsys.readouterr().err
     assert output.read_text("utf-8") == plain
     assert {path.name for path in tmp_path.iterdir()} == {"in", "metadata", "report.html"}
+
+
+@pytest.fixture(scope="module")
+def three_scores(spark, tmp_path_factory):
+    """An output of 600 samples with three scores, two of which are far from 0 to 1."""
+    directory = tmp_path_factory.mktemp("three")
+    generator = np.random.default_rng(7)
+    nsfw = generator.beta(1, 8, 600).astype("float32")
+    frame = pd.DataFrame({
+        "shard": np.repeat(["x-1", "x-2"], 300), "key": [f"{i:06}" for i in range(300)] * 2,
+        "status": "ok", "width": np.float32(5), "embedding_norm": np.float32(9),
+        "other_score": (nsfw + generator.normal(0, 0.05, 600)).clip(0, 1).astype("float32"),
+        "nsfw_score": nsfw, "aesthetic_score": (1 + 8 * generator.random(600)).astype("float32"),
+    })  # fmt: skip
+    scores = ["other_score", "nsfw_score", "aesthetic_score"]
+    frame.loc[0, ["status", *scores]] = ["image_missing", None, None, None]
+    frame.loc[1, "other_score"] = None
+    plain = spark.createDataFrame(frame.astype(object).where(frame.notna(), None), _SCHEMA)
+    rows = with_note(plain, [*scores, "embedding_norm"], NOTE)
+    rows.write.partitionBy("shard").parquet(str(directory / "metadata"))
+    picture = encode(next(photographs()), quality=90)
+    for shard, some in frame.groupby("shard"):
+        members = ((key, [("jpg", picture)]) for key in some["key"])
+        write_shard(directory / "in" / f"{shard}.tar", members)
+    return directory, frame[2:]
+
+
+_SCHEMA = (
+    "shard string, key string, status string, width float, embedding_norm float, "
+    "other_score float, nsfw_score float, aesthetic_score float"
+)
+
+
+def test_every_score_column_is_shown_and_compared(spark, three_scores):
+    directory, frame = three_scores
+    data = collect_report(
+        spark, str(directory / "metadata"), threshold=0.2, other_thresholds={"aesthetic_score": 6}
+    )
+    assert data.score.column == "nsfw_score"
+    assert [score.column for score in data.others] == ["other_score", "aesthetic_score"]
+    assert [(s.low, s.high) for s in data.others] == [(0, 1), (1, 9)]
+    assert [s.threshold for s in (data.score, *data.others)] == [0.2, 0.5, 6]
+    columns = ["nsfw_score", "other_score", "aesthetic_score"]
+    assert data.agreement.columns == columns
+    assert (data.agreement.num_ranked, data.agreement.num_images) == (598, 598)
+    expected = stats.spearmanr(frame[columns]).statistic
+    assert data.agreement.correlations == pytest.approx(expected)
+    high = frame[columns] >= [0.2, 0.5, 6]
+    for found in data.agreement.decisions:
+        one, other = high[found.first], high[found.second]
+        assert found.share_differing == pytest.approx((one != other).mean(), abs=2e-3)
+    for score in (data.score, *data.others):
+        values = frame[score.column].to_numpy(np.float64)
+        for found in score.share_thresholds:
+            share = (values < found.value).mean()
+            assert share == pytest.approx(found.num_kept / score.num_scored, abs=2e-3)
+            assert found.wanted <= found.num_kept / score.num_scored
+    ranks = frame[columns].rank()
+    difference = (ranks["nsfw_score"] - ranks["other_score"]).sort_values(ascending=False)
+    first = frame.loc[difference.index[:8]]
+    assert [(s.shard, s.key) for s in data.agreement.contested[0]] == list(
+        zip(first["shard"], first["key"], strict=True)
+    )
+
+
+def test_of_more_images_a_sample_is_ranked(spark, three_scores, monkeypatch):
+    directory, frame = three_scores
+    monkeypatch.setattr("spark_nsfw.spark.agreement.MAX_RANKED", 200)
+    agreement = collect_report(spark, str(directory / "metadata")).agreement
+    assert agreement.num_images == len(frame)
+    assert 150 < agreement.num_ranked < 250
+    expected = stats.spearmanr(frame[list(agreement.columns)]).statistic
+    assert agreement.correlations == pytest.approx(expected, abs=0.15)
+    (nsfw_and_other, *_) = agreement.decisions
+    assert nsfw_and_other.num_images == len(frame)
+
+
+def test_the_command_shows_any_score_column(spark, three_scores, tmp_path, capsys):
+    directory, _ = three_scores
+    output = tmp_path / "report.html"
+    command = ["report", str(directory / "metadata"), "-o", str(output)]
+    chosen = ["--score-column=aesthetic_score", "--threshold=6", "--threshold=nsfw_score=0.2"]
+    assert main([*command, *chosen, "--shards", str(directory / "in")]) == 0
+    page = output.read_text("utf-8")
+    assert "<h1>aesthetic_score</h1>" in page
+    assert "kept below 6</div>" in page
+    assert "nsfw_<wbr>score <b>0.2</b>" in page
+    assert page.count("<h2>Scores and thresholds of ") == 3
+    assert page.count("Where decisions differ") == 1
+    assert "Samples that two detectors rank most differently" in page
+    assert page.count('class="band contested"') == 4
+    assert page.count('<img alt="sample') == 10 * 8 + 4 * 8
+    for unknown in ["width=0.5", "embedding_norm=0.5"]:
+        assert main([*command, f"--threshold={unknown}"]) == 2
+        assert "--threshold" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--threshold=high"])
+    assert "'high' is neither a score nor NAME=SCORE" in capsys.readouterr().err
+
+
+def test_without_nsfw_score_the_first_score_is_the_main_one(spark, three_scores, tmp_path, capsys):
+    directory, _ = three_scores
+    rows = spark.read.parquet(str(directory / "metadata")).drop("nsfw_score")
+    rows.write.partitionBy("shard").parquet(str(tmp_path / "metadata"))
+    data = collect_report(spark, str(tmp_path / "metadata"))
+    assert data.score.column == "other_score"
+    rows.select("shard", "key", "status").write.parquet(str(tmp_path / "none"))
+    command = ["report", str(tmp_path / "none"), "-o", str(tmp_path / "report.html")]
+    assert main(command) == 2
+    assert "--score-column" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_drawn_leaves_the_older_one(labelled, tmp_path, monkeypatch):

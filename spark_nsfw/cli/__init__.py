@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from spark_nsfw.cli import classify, export, inspect, models, report, score
 from spark_nsfw.cli.exit_status import ExitStatus
+from spark_nsfw.cli.parser import Parser
 from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
 
 __all__ = ["main"]
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="spark-nsfw", description="Find NSFW images in WebDataset shards with Spark."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

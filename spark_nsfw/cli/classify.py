@@ -6,6 +6,7 @@ import argparse
 
 from spark_nsfw.cli.arguments import Commands, add_detector_arguments, detectors
 from spark_nsfw.cli.exit_status import status_of
+from spark_nsfw.cli.parser import device
 from spark_nsfw.cli.signals import stop_at_signals
 from spark_nsfw.errors import InputError
 from spark_nsfw.storage import absolute
@@ -44,7 +45,9 @@ def add_parser(commands: Commands) -> None:
         default=False,
         help="copy the embeddings to the output (default: no)",
     )
-    parser.add_argument("--device", help="torch device (default: the task's GPU, else the CPU)")
+    parser.add_argument(
+        "--device", type=device, help="torch device (default: the task's GPU, else the CPU)"
+    )
     parser.add_argument(
         "--progress",
         choices=["auto", "lines", "json"],

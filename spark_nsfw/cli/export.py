@@ -7,6 +7,7 @@ import sys
 
 from spark_nsfw.cli.arguments import Commands, names
 from spark_nsfw.cli.exit_status import ExitStatus
+from spark_nsfw.cli.parser import at_least_one
 
 __all__ = ["add_parser"]
 
@@ -47,7 +48,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--samples-per-shard",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="regroup samples into shards of this size, named 00000, 00001 and so on "
         "(default: keep the shards, each with what is kept of it)",
@@ -65,7 +66,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--shard-digits",
-        type=int,
+        type=at_least_one,
         default=5,
         metavar="N",
         help="digits in the regrouped shards' names (default: %(default)s)",

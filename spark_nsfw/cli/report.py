@@ -6,6 +6,7 @@ import argparse
 
 from spark_nsfw.cli.arguments import Commands
 from spark_nsfw.cli.exit_status import ExitStatus
+from spark_nsfw.cli.parser import share
 
 __all__ = ["add_parser"]
 
@@ -35,14 +36,18 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--score-column",
-        default="nsfw_score",
         metavar="NAME",
-        help="column of the scores (default: %(default)s)",
+        help="which of the score columns the report is about (default: nsfw_score if there is "
+        "one, else the first); the others are shown beside it",
     )
     parser.add_argument(
         "--threshold",
-        type=float,
-        help="compare shards at this score (default: the middle of the range)",
+        type=_threshold,
+        action="append",
+        default=[],
+        metavar="[NAME=]SCORE",
+        help="compare shards and detectors at this score; with NAME=, that of another score "
+        "column; may be repeated (default: the middle of the range)",
     )
     parser.add_argument(
         "--label-column",
@@ -51,7 +56,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--recall",
-        type=float,
+        type=share,
         default=0.95,
         help="share of the labelled unsafe samples to remove; the page gives the threshold for it "
         "(default: %(default)s)",
@@ -71,11 +76,13 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.spark.report import collect_report
     from spark_nsfw.spark.session import active_or_local_session
 
+    thresholds = dict(options.threshold)
     data = collect_report(
         active_or_local_session(),
         options.metadata,
         score_column=options.score_column,
-        threshold=options.threshold,
+        threshold=thresholds.pop("", None),
+        other_thresholds=thresholds,
         label_column=options.label_column,
         wanted_recall=options.recall,
         inputs=inputs,
@@ -83,3 +90,14 @@ def _run(options: argparse.Namespace) -> int:
     write_page(options.output, data)
     print(f"report    {options.output}")
     return ExitStatus.DONE
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    """``0.5`` → the main column's, under an empty name; ``aesthetic_score=5`` → that column's."""
+    name, _, number = text.rpartition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a score nor NAME=SCORE, such as 0.5 or aesthetic_score=5"
+        ) from None

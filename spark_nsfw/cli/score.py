@@ -13,6 +13,7 @@ from spark_nsfw.cli.arguments import (
     names,
 )
 from spark_nsfw.cli.exit_status import status_of
+from spark_nsfw.cli.parser import at_least_one, device, seconds
 from spark_nsfw.cli.signals import stop_at_signals
 from spark_nsfw.errors import InputError
 
@@ -64,7 +65,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--embedding-size",
-        type=int,
+        type=at_least_one,
         metavar="D",
         help="width of the embeddings, for towers without a projection of their own",
     )
@@ -73,13 +74,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least_one,
         default=64,
         help="images per forward pass on a GPU; a CPU takes eight at a time (default: %(default)s)",
     )
     speed.add_argument(
         "--num-threads",
-        type=int,
+        type=at_least_one,
         default=4,
         help="decoding threads per worker (default: %(default)s)",
     )
@@ -98,6 +99,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument(
         "--device",
+        type=device,
         help="torch device such as cuda:0 or cpu (default: the task's GPU, else the CPU)",
     )
     speed.add_argument(
@@ -109,7 +111,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument(
         "--shards-per-wave",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="shards written together (default: as many as take about five minutes)",
     )
@@ -140,7 +142,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--settle-seconds",
-        type=float,
+        type=seconds,
         default=30,
         metavar="S",
         help="with --watch, read a shard once it has not changed for so long "
@@ -171,6 +173,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rows.add_argument(
         "--image-extensions",
+        type=_extensions,
         metavar="A,B",
         help="which members are images, in order of preference (default: jpg, jpeg, png, webp and "
         "what else pillow opens)",
@@ -208,11 +211,10 @@ def _run(options: argparse.Namespace) -> int:
         device=options.device,
         keep_embeddings=options.embeddings,
     )
-    extensions = names(options.image_extensions)
     source = ShardSource(
         ShardInputs.parse(options.input),
         SampleOptions(
-            image_extensions=IMAGE_EXTENSIONS if extensions is None else extensions,
+            image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
             captions=options.captions,
             id_col=options.id_col,
         ),
@@ -255,8 +257,19 @@ def _ask(question: str) -> None:
 def _limit(text: str) -> float | int:
     """``12`` → 12 samples, ``1.5%`` → a share of 0.015."""
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+        limit = float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError:
+        limit = -1
+    if not 0 <= limit < float("inf"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number of samples nor a share such as 0.5%"
-        ) from None
+        )
+    return limit
+
+
+def _extensions(text: str) -> tuple[str, ...]:
+    """``jpg, .PNG`` → (``jpg``, ``png``)."""
+    found = tuple(name.lstrip(".").lower() for name in names(text) or () if name.strip("."))
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no extension, such as jpg,png")
+    return found

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import BinaryIO
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 from urllib.parse import unquote
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 from pyarrow import fs
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.types import DoubleType, FloatType, StructType
 from pyspark.sql.window import Window
 
-from spark_nsfw.errors import ImageError, InputError, ShardError
-from spark_nsfw.note import inspect_output
+from spark_nsfw.errors import InputError
+from spark_nsfw.note import PROVENANCE, inspect_output
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.read.shards import IMAGE_EXTENSIONS
-from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Member, iter_runs, split_name
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
-from spark_nsfw.score.pixels import decode_image, encode_jpeg
-from spark_nsfw.storage import absolute, open_input, resolve
+from spark_nsfw.spark.agreement import collect_agreement
+from spark_nsfw.spark.thresholds import label_threshold, share_thresholds
+from spark_nsfw.spark.thumbnails import draw_thumbnails
+from spark_nsfw.storage import absolute, resolve
+from spark_nsfw.use.agreement import ContestedSample
 from spark_nsfw.use.report import (
     NUM_BANDS,
     NUM_BINS,
     LabelCounts,
     ReportData,
+    ScoreCounts,
     ShardCounts,
     Thumbnail,
 )
 
 __all__ = ["collect_report"]
 
-_THUMBNAIL_SIDE = 160
+_Sample = TypeVar("_Sample", Thumbnail, ContestedSample)
+
 _SAMPLES_PER_BAND = 8
+
+_DEFAULT_SCORE = "nsfw_score"
+
+#: Columns that a run makes beside the scores.
+_NOT_SCORES = frozenset({"embedding_norm"})
 
 
 def collect_report(
     spark: SparkSession,
     metadata: str,
     *,
-    score_column: str = "nsfw_score",
+    score_column: str | None = None,
     threshold: float | None = None,
+    other_thresholds: Mapping[str, float] | None = None,
     label_column: str | None = None,
     wanted_recall: float = 0.95,
     inputs: ShardInputs | None = None,
@@ -53,59 +63,122 @@ def collect_report(
     Args:
         spark: classic or Connect.
         metadata: an output of ``spark-nsfw score`` or ``classify``.
-        score_column: which score it is about.
+        score_column: which score it is about; None takes ``nsfw_score`` where there is one,
+            else the first score.
         threshold: at which shards are compared; None takes the middle of the range.
+        other_thresholds: those of other score columns, by column; the middle of the range
+            where none is given.
         label_column: of booleans, or of numbers that are 1 where a sample is unsafe.
         wanted_recall: share of the unsafe samples that is to be removed.
-        inputs: where the shards are; with them there is a contact sheet.
+        inputs: where the shards are; with them there are contact sheets.
 
     Raises:
         InputError: a column is not there, or nothing has a score.
     """
+    if not 0 < wanted_recall <= 1:
+        raise InputError(f"--recall (wanted_recall) is above 0 and at most 1, not {wanted_recall}")
     metadata = absolute(metadata)
     notes = inspect_output(metadata)
     rows = spark.read.parquet(metadata)
-    for name in (SHARD, STATUS, KEY, score_column, *([label_column] if label_column else [])):
+    columns = _score_columns(rows.schema, score_column, metadata)
+    for name in (SHARD, STATUS, KEY, *([label_column] if label_column else [])):
         if name not in rows.columns:
-            raise InputError(f"{metadata} has no column {name!r}: {', '.join(rows.columns)}")
-    if not 0 < wanted_recall <= 1:
-        raise InputError(f"recall is above 0 and at most 1, not {wanted_recall}")
-    score = F.col(f"`{score_column}`")
-    low, high = _range(rows, score, metadata)
-    if threshold is None:
-        threshold = (low + high) / 2
-    index = F.floor((score.cast("double") - low) / (high - low) * NUM_BINS).cast("int")
-    binned = F.least(index, F.lit(NUM_BINS - 1))
+            option = " for --label-column (label_column)" if name == label_column else ""
+            there = ", ".join(rows.columns)
+            raise InputError(f"{metadata} has no column {name!r}{option}; there are {there}")
+    thresholds = dict(other_thresholds or {})
+    for name in thresholds.keys() - set(columns):
+        raise InputError(
+            f"--threshold {name}=… (other_thresholds): {metadata} has no score column {name!r}, "
+            f"only {', '.join(columns)}"
+        )
+    if threshold is not None:
+        thresholds[columns[0]] = threshold
     label = F.lit(None) if label_column is None else F.col(f"`{label_column}`").cast("boolean")
-    scored = rows.where(score.isNotNull())
-    found = scored.groupBy(binned.alias("bin"), label.alias("label")).count().collect()
-    counts = {is_unsafe: np.zeros(NUM_BINS, np.int64) for is_unsafe in (None, False, True)}
-    for row in found:
-        counts[row["label"]][row["bin"]] += row["count"]
+    scores, (unsafe, safe) = _scores(rows, columns, thresholds, label, metadata)
+    main, labels, wanted = scores[0], None, None
+    if label_column is not None:
+        labels = LabelCounts(label_column, unsafe, safe)
+        wanted = label_threshold(rows, main, label, labels, wanted_recall)
     num_by_status = {row[STATUS]: row["count"] for row in rows.groupBy(STATUS).count().collect()}
-    return ReportData(
+    data = ReportData(
         source=metadata,
-        score_column=score_column,
-        low=low,
-        high=high,
-        counts=sum(counts.values(), np.zeros(NUM_BINS, np.int64)),
+        score=main,
         num_by_status=num_by_status,
-        shards=_shards(rows, score, threshold, metadata),
+        shards=_shards(rows, _score(main.column), main.threshold, metadata),
+        others=scores[1:],
         notes=[json.loads(note) for note in notes if note.startswith("{")],
-        threshold=threshold,
-        labels=None
-        if label_column is None
-        else LabelCounts(label_column, counts[True], counts[False]),
+        labels=labels,
         wanted_recall=wanted_recall,
-        thumbnails=() if inputs is None else _thumbnails(scored, score, low, high, inputs),
+        wanted=wanted,
+        thumbnails=() if inputs is None else _band_samples(rows, main),
+        agreement=collect_agreement(rows, scores) if len(scores) > 1 else None,
     )
+    return data if inputs is None else _with_images(spark, data, inputs)
 
 
-def _range(rows: DataFrame, score: Column, metadata: str) -> tuple[float, float]:
+def _score(column: str) -> Column:
+    return F.col(f"`{column}`")
+
+
+def _score_columns(schema: StructType, main: str | None, metadata: str) -> list[str]:
+    """The columns that hold scores, the main one first.
+
+    Those that a run has noted on what made them, if they are numbers with a fraction.
+    """
+    found = [
+        field.name
+        for field in schema
+        if isinstance(field.dataType, FloatType | DoubleType)
+        and PROVENANCE in (field.metadata or {})
+        and field.name not in _NOT_SCORES
+    ]
+    if main is None and (_DEFAULT_SCORE in schema.names or not found):
+        main = _DEFAULT_SCORE
+    elif main is None:
+        main = found[0]
+    if main not in schema.names:
+        raise InputError(
+            f"{metadata} has no column {main!r}; there are {', '.join(schema.names)}. Name the one "
+            "with the scores with --score-column (score_column)"
+        )
+    return [main, *(name for name in found if name != main)]
+
+
+def _scores(
+    rows: DataFrame,
+    columns: Sequence[str],
+    thresholds: Mapping[str, float],
+    label: Column,
+    metadata: str,
+) -> tuple[list[ScoreCounts], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """The distribution of each column, and the main one's among unsafe and safe samples."""
+    ends = rows.agg(*(f(_score(c)) for c in columns for f in (F.min, F.max))).collect()[0]
+    scores = []
+    labelled = (np.zeros(NUM_BINS, np.int64), np.zeros(NUM_BINS, np.int64))
+    for position, column in enumerate(columns):
+        least, most = ends[2 * position : 2 * position + 2]
+        if least is None and position == 0:
+            raise InputError(f"{metadata}: nothing has a score")
+        if least is None:
+            continue
+        low, high = _range(least, most)
+        index = F.floor((_score(column).cast("double") - low) / (high - low) * NUM_BINS)
+        binned = F.least(index.cast("int"), F.lit(NUM_BINS - 1)).alias("bin")
+        given = (label if position == 0 else F.lit(None)).alias("label")
+        counts = np.zeros(NUM_BINS, np.int64)
+        scored = rows.where(_score(column).isNotNull())
+        for row in scored.groupBy(binned, given).count().collect():
+            counts[row["bin"]] += row["count"]
+            if row["label"] is not None:
+                labelled[0 if row["label"] else 1][row["bin"]] += row["count"]
+        threshold = thresholds.get(column, (low + high) / 2)
+        scores.append(ScoreCounts(column, low, high, counts, threshold, 0))
+    return share_thresholds(rows, scores), labelled
+
+
+def _range(least: float, most: float) -> tuple[float, float]:
     """0 to 1 where all scores are, else whole numbers around them."""
-    least, most = rows.agg(F.min(score), F.max(score)).collect()[0]
-    if least is None:
-        raise InputError(f"{metadata}: nothing has a score")
     if least >= 0 and most <= 1:
         return 0.0, 1.0
     return float(np.floor(least)), float(np.floor(most) + 1)
@@ -131,70 +204,38 @@ def _shards(rows: DataFrame, score: Column, threshold: float, metadata: str) -> 
     ]
 
 
-def _thumbnails(
-    scored: DataFrame, score: Column, low: float, high: float, inputs: ShardInputs
-) -> list[Thumbnail]:
-    """A few samples of every band, the same ones every time."""
-    spark = scored.sparkSession
-    band = F.least(F.floor((score - low) / (high - low) * NUM_BANDS), F.lit(NUM_BANDS - 1))
+def _band_samples(rows: DataFrame, score: ScoreCounts) -> list[Thumbnail]:
+    """A few samples of every band, the same ones every time, without their images."""
+    column = _score(score.column)
+    band = F.floor((column - score.low) / (score.high - score.low) * NUM_BANDS)
     by_chance = Window.partitionBy("band").orderBy(F.xxhash64(SHARD, KEY), SHARD, KEY)
     chosen = (
-        scored.select(SHARD, KEY, score.cast("double").alias("score"), band.alias("band"))
+        rows.where(column.isNotNull())
+        .select(
+            SHARD,
+            KEY,
+            column.cast("double").alias("score"),
+            F.least(band, F.lit(NUM_BANDS - 1)).alias("band"),
+        )
         .withColumn("position", F.row_number().over(by_chance))
         .where(F.col("position") <= _SAMPLES_PER_BAND)
         .orderBy("score")
-        .collect()
     )
-    url_of = {unit.name: unit.place for unit in inputs.list_units()}
-    keys: dict[str, list[str]] = {}
-    for row in chosen:
-        if row[SHARD] not in url_of:
-            raise InputError(f"shard {row[SHARD]} is not below {', '.join(inputs.roots)}")
-        keys.setdefault(row[SHARD], []).append(row[KEY])
-    tasks = spark.createDataFrame(
-        [(name, url_of[name], wanted) for name, wanted in keys.items()],
-        "shard string, url string, keys array<string>",
-    )
-    found = tasks.repartition(len(keys)).mapInArrow(_draw, "shard string, key string, jpeg binary")
-    jpeg_of = {(row.shard, row.key): bytes(row.jpeg) for row in found.collect()}
-    return [
-        Thumbnail(row[SHARD], row[KEY], row["score"], jpeg_of.get((row[SHARD], row[KEY])))
-        for row in chosen
-    ]
+    return [Thumbnail(row[SHARD], row[KEY], row["score"], None) for row in chosen.collect()]
 
 
-def _draw(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Shards and keys → thumbnails of those images that can still be read."""
-    for batch in batches:
-        for row in batch.to_pylist():
-            found = dict(_iter_thumbnails(row["url"], set(row["keys"])))
-            arrays = [
-                pa.array([row["shard"]] * len(found), pa.string()),
-                pa.array(found.keys(), pa.string()),
-                pa.array(found.values(), pa.binary()),
-            ]
-            yield pa.RecordBatch.from_arrays(arrays, names=["shard", "key", "jpeg"])
+def _with_images(spark: SparkSession, data: ReportData, inputs: ShardInputs) -> ReportData:
+    """The same with the images of all samples that it names."""
+    contested = () if data.agreement is None else data.agreement.contested
+    wanted = [(each.shard, each.key) for each in data.thumbnails]
+    wanted += [(each.shard, each.key) for group in contested for each in group]
+    jpeg_of = draw_thumbnails(spark, wanted, inputs)
+    data = replace(data, thumbnails=_drawn(data.thumbnails, jpeg_of))
+    if data.agreement is None:
+        return data
+    groups = [_drawn(group, jpeg_of) for group in contested]
+    return replace(data, agreement=replace(data.agreement, contested=groups))
 
 
-def _iter_thumbnails(url: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Key and thumbnail of each of these samples; no other one's content is read."""
-    with suppress(ShardError, OSError), open_input(url) as stream:
-        for key, run in iter_runs(stream):
-            if key in keys:
-                keys.remove(key)
-                with suppress(ImageError):
-                    image = _read_image(stream, run)
-                    yield key, encode_jpeg(decode_image(image, _THUMBNAIL_SIDE))
-            if not keys:
-                return
-
-
-def _read_image(stream: BinaryIO, run: Sequence[Member]) -> bytes:
-    """The encoded image of a sample; nothing where it has none."""
-    member_of = {(split_name(member.name) or ("", ""))[1]: member for member in run}
-    for extension in IMAGE_EXTENSIONS:
-        if extension in member_of:
-            header = member_of[extension].header
-            stream.seek(header.offset_data)
-            return stream.read(min(header.size, MAX_MEMBER_BYTES))
-    return b""
+def _drawn(samples: Sequence[_Sample], jpeg_of: Mapping[tuple[str, str], bytes]) -> list[_Sample]:
+    return [replace(each, jpeg=jpeg_of.get((each.shard, each.key))) for each in samples]

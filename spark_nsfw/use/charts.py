@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spark_nsfw.use.report import LabelCounts, ReportData, images_per_second
+from spark_nsfw.use.report import LabelCounts, ReportData, ScoreCounts, images_per_second
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,16 +19,15 @@ _NUM_BARS = 50
 _INK, _MUTED, _ACCENT, _WARM = "#1d2733", "#6b7785", "#2f6fde", "#d9542b"
 
 
-def score_charts(data: ReportData) -> list[tuple[str, str]]:
-    """Title and SVG of the charts about all scores."""
+def score_charts(data: ScoreCounts) -> list[tuple[str, str]]:
+    """Title and SVG of the charts about one score column."""
     bars = data.counts.reshape(_NUM_BARS, -1).sum(axis=1)
     ends = np.linspace(data.low, data.high, _NUM_BARS + 1)
-    column = data.score_column
 
     def histogram(axes: Axes) -> None:
         axes.bar(ends[:-1], bars, np.diff(ends), align="edge", color=_ACCENT)
         axes.axvline(data.threshold, color=_WARM, linewidth=1.2)
-        axes.set_xlabel(column)
+        axes.set_xlabel(data.column)
         axes.set_ylabel("samples")
 
     def log_histogram(axes: Axes) -> None:
@@ -52,13 +51,13 @@ def score_charts(data: ReportData) -> list[tuple[str, str]]:
 
 def label_charts(data: ReportData, labels: LabelCounts) -> list[tuple[str, str]]:
     """Title and SVG of the charts that need labels."""
-    wanted = data.threshold_for(data.wanted_recall)
+    edges = data.score.edges
 
     def by_threshold(axes: Axes) -> None:
-        axes.plot(data.edges, labels.recall, color=_ACCENT, label="recall")
-        axes.plot(data.edges, labels.precision, color=_WARM, label="precision")
-        if wanted is not None:
-            axes.axvline(wanted, color=_MUTED, linewidth=1, linestyle=":")
+        axes.plot(edges, labels.recall, color=_ACCENT, label="recall")
+        axes.plot(edges, labels.precision, color=_WARM, label="precision")
+        if data.wanted is not None:
+            axes.axvline(data.wanted.value, color=_MUTED, linewidth=1, linestyle=":")
         axes.set_xlabel("threshold")
         axes.set_ylim(0, 1.03)
         axes.legend(frameon=False)

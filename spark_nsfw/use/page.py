@@ -18,8 +18,18 @@ from pyarrow import fs
 from spark_nsfw.errors import InputError
 from spark_nsfw.files import write_text
 from spark_nsfw.storage import is_below, open_input, resolve
+from spark_nsfw.use.agreement import Agreement, ContestedSample
 from spark_nsfw.use.charts import label_charts, progress_chart, score_charts
-from spark_nsfw.use.report import NUM_BANDS, ReportData, Thumbnail, images_per_second, outliers
+from spark_nsfw.use.provenance import detector_words, random_words, tower_words
+from spark_nsfw.use.report import (
+    NUM_BANDS,
+    ReportData,
+    ScoreCounts,
+    Thumbnail,
+    images_per_second,
+    outliers,
+)
+from spark_nsfw.use.thresholds import MAX_EXACT_SCORES, significant
 
 __all__ = ["refuse_missing_libraries", "refuse_page_file", "render", "write_page"]
 
@@ -89,49 +99,83 @@ def render(data: ReportData) -> str:
     """
     refuse_missing_libraries()
     import jinja2
+    import markupsafe  # jinja2 is built on it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spark_nsfw.use"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    wanted = data.threshold_for(data.wanted_recall)
-    steps = np.linspace(data.low, data.high, 11)[1:-1]
-    total = int(data.counts.sum())
+    environment.filters |= {
+        "significant": significant,
+        "share": _share,
+        # Where a narrow table may break a column's name.
+        "name": lambda name: markupsafe.escape(name).replace("_", markupsafe.Markup("_<wbr>")),
+    }
+    columns = [score.column for score in (data.score, *data.others)]
+    scored = data.score.num_scored
     page = environment.get_template("report.html.jinja").render(
         mark=_MARK,
         data=data,
-        num_scored=total,
+        random=random_words(data.notes),
+        detectors=[(column, detector_words(data.notes, column)) for column in columns],
+        towers=tower_words(data.notes),
         num_rows=sum(data.num_by_status.values()),
         statuses=sorted(data.num_by_status.items(), key=lambda item: -item[1]),
-        kept=[
-            (step, data.share_kept[data.at(step)], round(total * data.share_kept[data.at(step)]))
-            for step in steps
+        kept_at_threshold=(scored - data.score.num_high) / max(1, scored),
+        distributions=[
+            (score, score_charts(score), _round_thresholds(score))
+            for score in (data.score, *data.others)
         ],
-        kept_at_threshold=float(data.share_kept[data.at(data.threshold)]),
-        charts=score_charts(data),
         label_charts=[] if data.labels is None else label_charts(data, data.labels),
-        wanted_threshold=wanted,
-        wanted_position=None if wanted is None else data.at(wanted),
         high_outliers=outliers(data.shards, "num_high"),
         failed_outliers=outliers(data.shards, "num_failed"),
         images_per_second=images_per_second(data.shards),
         progress=progress_chart(data),
         bands=_bands(data),
+        contested=_contested(data.agreement),
+        threshold_of={s.column: s.threshold for s in (data.score, *data.others)},
+        max_exact=MAX_EXACT_SCORES,
         notes=[json.dumps(note, indent=2, sort_keys=True) for note in data.notes],
         mixed=len(data.notes) > 1,
     )
     return str(page)
 
 
+def _share(share: float) -> str:
+    """A share in per cent; never 0 or 100 where it is only close to it."""
+    text = f"{share:.2%}"
+    if text == "100.00%" and share < 1:
+        return "> 99.99%"
+    return "< 0.01%" if text == "0.00%" and share > 0 else text
+
+
+def _round_thresholds(score: ScoreCounts) -> list[tuple[float, float, int]]:
+    """Nine thresholds at equal steps, the share that each keeps, and how many images."""
+    found = []
+    for step in np.linspace(score.low, score.high, 11)[1:-1].tolist():
+        share = float(score.share_kept[score.at(step)])
+        found.append((round(step, 9), share, round(score.num_scored * share)))
+    return found
+
+
 def _bands(data: ReportData) -> list[tuple[float, float, list[tuple[Thumbnail, str | None]]]]:
     """Score bands from low to high: their ends, and their thumbnails as data URLs."""
+    low, high = data.score.low, data.score.high
     inside: list[list[tuple[Thumbnail, str | None]]] = [[] for _ in range(NUM_BANDS)]
     for thumbnail in data.thumbnails:
-        position = int((thumbnail.score - data.low) / (data.high - data.low) * NUM_BANDS)
+        position = int((thumbnail.score - low) / (high - low) * NUM_BANDS)
         inside[min(position, NUM_BANDS - 1)].append((thumbnail, _data_url(thumbnail.jpeg)))
-    ends = pairwise(np.linspace(data.low, data.high, NUM_BANDS + 1).tolist())
+    ends = pairwise(np.linspace(low, high, NUM_BANDS + 1).tolist())
     return [(*both, some) for both, some in zip(ends, inside, strict=True) if some]
+
+
+def _contested(agreement: Agreement | None) -> list[list[tuple[ContestedSample, str | None]]]:
+    """The samples that columns rank most differently, if there are images of any."""
+    groups = [] if agreement is None else agreement.contested
+    if not any(sample.jpeg for group in groups for sample in group):
+        return []
+    return [[(sample, _data_url(sample.jpeg)) for sample in group] for group in groups]
 
 
 def _data_url(jpeg: bytes | None) -> str | None:

@@ -39,12 +39,18 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.samples_per_shard is not None and self.samples_per_shard < 1:
-            raise InputError(f"samples_per_shard is at least 1, not {self.samples_per_shard}")
+            raise InputError(
+                f"--samples-per-shard (samples_per_shard) is at least 1, not "
+                f"{self.samples_per_shard}"
+            )
         if self.shard_digits < 1:
-            raise InputError(f"shard_digits is at least 1, not {self.shard_digits}")
+            raise InputError(
+                f"--shard-digits (shard_digits, max_shards) is at least 1, not {self.shard_digits}"
+            )
         if self.renumber and self.samples_per_shard is None:
             raise InputError(
-                "new keys number the samples of regrouped shards: set samples_per_shard"
+                "--renumber (renumber) numbers the samples of regrouped shards: set "
+                "--samples-per-shard (samples_per_shard)"
             )
 
     def new_key(self, shard_number: int, position: int) -> str:
@@ -102,7 +108,8 @@ def plan_shards(num_selected: Mapping[str, int], options: ExportOptions) -> list
     if num_shards > 10**options.shard_digits:
         raise InputError(
             f"{num_shards:,} shards of {size:,} samples cannot be numbered with "
-            f"{options.shard_digits} digits: take more (max_shards), or larger shards"
+            f"{options.shard_digits} digits: take more with --shard-digits (shard_digits, "
+            "max_shards), or larger shards with --samples-per-shard (samples_per_shard)"
         )
     pieces: list[list[Piece]] = [[] for _ in range(num_shards)]
     position = 0

@@ -13,18 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spark_nsfw.use.agreement import Agreement
+from spark_nsfw.use.thresholds import LabelThreshold, ShareThreshold
+
 __all__ = [
     "NUM_BANDS",
     "NUM_BINS",
     "LabelCounts",
     "ReportData",
+    "ScoreCounts",
     "ShardCounts",
     "Thumbnail",
     "images_per_second",
     "outliers",
 ]
 
-#: Bins of the score's range: thresholds are accurate to 1/NUM_BINS of it.
+#: Bins of the score's range: charts are accurate to 1/NUM_BINS of it.
 NUM_BINS = 10_000
 
 #: Score bands of the contact sheet.
@@ -97,35 +101,30 @@ class LabelCounts:
 
 
 @dataclass(frozen=True)
-class ReportData:
-    """What the page tells.
+class ScoreCounts:
+    """The distribution of one score column.
 
     Attributes:
-        source: where the metadata is.
-        score_column: which score it is about.
+        column: its name.
         low, high: the range of the bins.
         counts: int64 (NUM_BINS,), scored samples by bin.
-        num_by_status: rows by status.
-        shards: one entry each.
-        notes: what made the rows; more than one where an output is a mixture.
-        threshold: the one that shards are compared at, and that the charts mark.
-        labels: of a column that says which samples are unsafe.
-        wanted_recall: for which a threshold is looked for.
-        thumbnails: samples around each score band.
+        threshold: the one that the charts mark and that decisions are compared at.
+        num_high: scores that are at least the threshold.
+        share_thresholds: those that keep certain shares of the images.
     """
 
-    source: str
-    score_column: str
+    column: str
     low: float
     high: float
     counts: npt.NDArray[np.int64]
-    num_by_status: dict[str, int]
-    shards: Sequence[ShardCounts]
-    notes: Sequence[dict[str, Any]] = ()
-    threshold: float = 0.5
-    labels: LabelCounts | None = None
-    wanted_recall: float = 0.95
-    thumbnails: Sequence[Thumbnail] = field(default_factory=tuple)
+    threshold: float
+    num_high: int
+    share_thresholds: Sequence[ShareThreshold] = ()
+
+    @property
+    def num_scored(self) -> int:
+        """Samples with a score."""
+        return int(self.counts.sum())
 
     @property
     def edges(self) -> npt.NDArray[np.float64]:
@@ -135,17 +134,42 @@ class ReportData:
     @property
     def share_kept(self) -> npt.NDArray[np.float64]:
         """Share of the scored samples below each of `edges`."""
-        return 1 - _from_above(self.counts) / max(1, int(self.counts.sum()))
-
-    def threshold_for(self, recall: float) -> float | None:
-        """The highest threshold that still removes this share of the unsafe samples."""
-        if self.labels is None or not self.labels.unsafe.any():
-            return None
-        return float(self.edges[np.flatnonzero(self.labels.recall >= recall)[-1]])
+        return 1 - _from_above(self.counts) / max(1, self.num_scored)
 
     def at(self, threshold: float) -> int:
         """The position in `edges` that is closest to a threshold."""
         return int(np.abs(self.edges - threshold).argmin())
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page tells.
+
+    Attributes:
+        source: where the metadata is.
+        score: of the column that the report is about.
+        num_by_status: rows by status.
+        shards: one entry each.
+        others: the other score columns.
+        notes: what made the rows; more than one where an output is a mixture.
+        labels: of a column that says which samples are unsafe.
+        wanted_recall: for which a threshold is looked for.
+        wanted: that threshold; None without labels, or if nothing is labelled unsafe.
+        thumbnails: samples around each score band.
+        agreement: of the score columns; None where there is one.
+    """
+
+    source: str
+    score: ScoreCounts
+    num_by_status: dict[str, int]
+    shards: Sequence[ShardCounts]
+    others: Sequence[ScoreCounts] = ()
+    notes: Sequence[dict[str, Any]] = ()
+    labels: LabelCounts | None = None
+    wanted_recall: float = 0.95
+    wanted: LabelThreshold | None = None
+    thumbnails: Sequence[Thumbnail] = field(default_factory=tuple)
+    agreement: Agreement | None = None
 
 
 def _from_above(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

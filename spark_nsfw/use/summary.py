@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spark_nsfw.schema import Status
+from spark_nsfw.use.provenance import ModelNote, models_of
 
 __all__ = ["ScoreSummary", "Summary", "counted", "weights_lines"]
 
@@ -95,16 +96,13 @@ def counted(number: int, noun: str) -> str:
 
 def weights_lines(provenance: dict[str, Any]) -> list[str]:
     """Which weights made the scores, and a plain warning where they are random."""
-    embedder = provenance.get("embedder", {})
-    models = [("tower", embedder.get("model_name", "unknown"), embedder.get("weights", {}))]
-    for classifier in provenance.get("classifiers", []):
-        name = " ".join(filter(None, [classifier["classifier"], classifier.get("variant")]))
-        models.append(("detector", name, classifier.get("weights", {})))
+    models = models_of(provenance)
+    if not any(model.role == "tower" for model in models):
+        models.insert(0, ModelNote("tower", "unknown"))
     lines = []
-    for role, name, weights in models:
-        sha256 = weights.get("sha256")
-        source = weights.get("source", "unknown")
-        lines.append(f"{role:<9} {name}: {source}{f' sha256 {sha256}' if sha256 else ''}")
-    if "weights" in embedder and not embedder["weights"].get("sha256"):
+    for model in models:
+        sha256 = f" sha256 {model.sha256}" if model.sha256 else ""
+        lines.append(f"{model.role:<9} {model.name}: {model.source}{sha256}")
+    if any(model.is_random for model in models if model.role == "tower"):
         lines.append("WARNING   the tower's weights are random: these scores mean nothing")
     return lines
