@@ -10,7 +10,10 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from examples.photographs import (
     damaged_samples,
@@ -44,7 +47,8 @@ class RedClassifier(PixelClassifier):
     def __init__(self) -> None:
         super().__init__("red", Transform(64), mean=(0, 0, 0), std=(1, 1, 1))
 
-    def load_model(self, device: str):  # noqa: D102
+    def load_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The mean of the first channel."""
         return lambda pixels: pixels[:, 0].mean(dim=(1, 2))
 
 
