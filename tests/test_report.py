@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -300,6 +301,21 @@ def test_a_small_threshold_is_not_shown_as_zero(page):
     assert len(shown) == 5
     assert all(0 < float(threshold) < 1e-4 for threshold in shown)
     assert len(set(shown)) == 5
+
+
+def test_quantiles_are_called_exact_only_where_they_are(labelled):
+    score = score_counts(labelled[0])
+    assert "come from exact quantiles" in render(report_data(labelled[0]))
+    many = replace(score, counts=score.counts * 50)
+    assert "come from approximate quantiles" in render(report_data(labelled[0], score=many))
+
+
+def test_hardly_any_is_not_none_and_nearly_all_not_all(labelled):
+    score = score_counts(labelled[0])
+    many = replace(score, counts=score.counts * 1000, num_high=3)
+    assert "<b>&gt; 99.99%</b>kept below 0.5" in render(report_data(labelled[0], score=many))
+    many = replace(many, num_high=many.num_scored - 3)
+    assert "<b>&lt; 0.01%</b>kept below 0.5" in render(report_data(labelled[0], score=many))
 
 
 def test_the_page_needs_no_network_and_runs_no_script(page):

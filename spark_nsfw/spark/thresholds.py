@@ -30,26 +30,27 @@ def share_thresholds(rows: DataFrame, scores: Sequence[ScoreCounts]) -> list[Sco
     The thresholds come from quantiles; what each keeps is counted.
     """
     quantiles = rows.agg(*(_quantiles(s.column, SHARES_KEPT, s.num_scored) for s in scores))
-    candidates = [[thresholds_above(v) for v in found] for found in quantiles.collect()[0]]
-    counts = []
-    for score, found in zip(scores, candidates, strict=True):
-        column = F.col(f"`{score.column}`")
-        counts.append(F.count_if(column >= F.lit(score.threshold)))
-        counts += [F.count_if(column < F.lit(value)) for values in found for value in values]
-    counted = iter(rows.agg(*counts).collect()[0])
+    # A query for each column: one for all is too large for the JVM to compile, and slower.
     return [
-        replace(
-            score,
-            num_high=next(counted),
-            share_thresholds=[
-                fewest_digits_that_keep(
-                    wanted, score.num_scored, [(value, next(counted)) for value in values]
-                )
-                for wanted, values in zip(SHARES_KEPT, found, strict=True)
-            ],
-        )
-        for score, found in zip(scores, candidates, strict=True)
+        _with_thresholds(rows, score, values)
+        for score, values in zip(scores, quantiles.collect()[0], strict=True)
     ]
+
+
+def _with_thresholds(rows: DataFrame, score: ScoreCounts, quantiles: list[float]) -> ScoreCounts:
+    column = F.col(f"`{score.column}`")
+    candidates = [thresholds_above(quantile) for quantile in quantiles]
+    counts = [F.count_if(column < F.lit(value)) for values in candidates for value in values]
+    is_high = column >= F.lit(score.threshold)
+    num_high, *num_kept = rows.agg(F.count_if(is_high), *counts).collect()[0]
+    counted = iter(num_kept)
+    found = [
+        fewest_digits_that_keep(
+            wanted, score.num_scored, [(value, next(counted)) for value in values]
+        )
+        for wanted, values in zip(SHARES_KEPT, candidates, strict=True)
+    ]
+    return replace(score, num_high=num_high, share_thresholds=found)
 
 
 def label_threshold(
