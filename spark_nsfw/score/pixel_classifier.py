@@ -71,6 +71,7 @@ class PixelClassifier(Detector[Tower]):
         self.precision = precision
         self._transform = transform
         self._mean, self._std = tuple(mean), tuple(std)
+        self._settled: dict[str | None, PixelClassifier] = {}
 
     def load_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Load the network, ready to score, on ``device``.
@@ -92,7 +93,7 @@ class PixelClassifier(Detector[Tower]):
         return self._mean, self._std
 
     def ready(self, device: str | None = None) -> PixelClassifier:
-        """A copy whose weights are found, tried, and known by their sha256.
+        """A copy whose weights are found, tried, and known by their sha256; made once.
 
         Every worker checks its own copy of the file against that sha256.
 
@@ -103,14 +104,16 @@ class PixelClassifier(Detector[Tower]):
         Raises:
             WeightsError: its file cannot be had or used.
         """
-        settled = copy.copy(self)
-        settled._models = {}
-        if device is not None:
-            settled.precision = self.precision_on(device)
-        if not self._is_ready:
-            settled._settle()
-            settled._is_ready = True
-        return settled
+        if device not in self._settled:
+            settled = copy.copy(self)
+            settled._models, settled._settled = {}, {}
+            if device is not None:
+                settled.precision = self.precision_on(device)
+            if not self._is_ready:
+                settled._settle()
+                settled._is_ready = True
+            self._settled[device] = settled
+        return self._settled[device]
 
     def _settle(self) -> None:
         """Find its weights, and try whether they fit."""
@@ -161,14 +164,18 @@ class PixelClassifier(Detector[Tower]):
                 `spark_nsfw.Scorer` gives such images a row with a status instead.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        ready = self.ready(device)
         scores = []
         for start in range(0, len(images), self.batch_size):
             pixels = []
             for number, image in enumerate(images[start : start + self.batch_size], start):
                 try:
-                    pixels += decode_once(image, [self.transform])
+                    pixels += decode_once(image, [ready.transform])
                 except ImageError as exc:
                     raise type(exc)(f"images[{number}]: {exc}") from exc
             with torch.inference_mode():
-                scores.append(self.score(torch.from_numpy(np.stack(pixels)).to(device)).cpu())
+                scores.append(ready.score(torch.from_numpy(np.stack(pixels)).to(device)).cpu())
         return torch.cat(scores).numpy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_settled": {}}
