@@ -27,6 +27,8 @@ __all__ = ["HEADS", "MultiHeadedClassifier"]
 #: In the order of the columns.
 HEADS = ("sexual", "violent", "disturbing", "hateful", "political")
 
+_COLUMNS = tuple(f"mhsc_{head}_score" for head in HEADS)
+
 #: The tensors of one head: Linear, ReLU, Dropout, BatchNorm1d, Linear, sigmoid.
 _HEAD_SHAPES = {
     "0.weight": (384, 768),
@@ -70,7 +72,7 @@ class MultiHeadedClassifier(ImageClassifier):
     def __init__(
         self,
         embedding_column: str = "image_embedding",
-        pred_columns: Sequence[str] = tuple(f"mhsc_{head}_score" for head in HEADS),
+        pred_columns: Sequence[str] = _COLUMNS,
         batch_size: int = -1,
         model_path: str | None = None,
         models_dir: str | None = None,

@@ -17,7 +17,7 @@ from spark_nsfw.errors import WeightsError
 
 __all__ = ["is_pickle", "read_pickled_array"]
 
-_FLOATS = {"f2": np.float16, "f4": np.float32, "f8": np.float64}
+_FLOATS = ("f2", "f4", "f8")
 
 
 def is_pickle(path: str | Path) -> bool:
@@ -70,9 +70,7 @@ class _Array:
         _, shape, dtype, is_column_major, content = self.state
         if not isinstance(dtype, _Dtype) or dtype.kind not in _FLOATS:
             raise ValueError("its values are no floats")
-        values = np.frombuffer(
-            content, np.dtype(_FLOATS[dtype.kind]).newbyteorder(dtype.byte_order)
-        )
+        values = np.frombuffer(content, np.dtype(dtype.byte_order + dtype.kind))
         return values.reshape(shape, order="F" if is_column_major else "C")
 
 

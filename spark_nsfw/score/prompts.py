@@ -79,7 +79,7 @@ def _load_yaml(text: str, source: str) -> Any:
     except ImportError as exc:
         raise _no_extra(exc) from exc
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Refuses a key that is given twice, of which YAML's own would keep the last."""
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
