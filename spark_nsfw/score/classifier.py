@@ -101,9 +101,8 @@ class ImageClassifier(Detector[Model]):
         return self._settled[embedding_size]
 
     def _settle(self, embedding_size: int) -> None:
-        path = self.weights_file()
-        if path is not None:
-            self._sha256 = file_sha256(path)
+        self._sha256 = self.weights_sha256()
+        if self._sha256 is not None:
             self.model("cpu")  # so that a file that does not fit is refused now
         self._is_ready = True
 
