@@ -62,6 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.read.embeddings import EmbeddingSource
     from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.recipe import Recipe
+    from spark_nsfw.score.stored import refuse_missing_norms
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_foreign_files
@@ -84,6 +85,7 @@ def _run(options: argparse.Namespace) -> int:
         keep_embeddings=options.embeddings,
         embedding_column=options.embedding_column,
     ).ready(embedding_size=source.width)
+    refuse_missing_norms(recipe.heads, source.columns.values(), metadata)
     with stop_at_signals() as stop:
         summary = run_job(
             active_or_local_session(),
