@@ -181,8 +181,7 @@ def test_the_heads_give_the_golden_scores(golden):
     assert np.abs(piped.numpy() - expected).max() < 1e-5
 
 
-@pytest.fixture(scope="module")
-def heads():
+def random_heads():
     """Its networks with random weights, as its authors define them."""
     torch.manual_seed(8)
     networks = {}
@@ -193,6 +192,11 @@ def heads():
         networks[head].train()(torch.randn(64, 768))  # moves the running mean and variance
         networks[head].eval()
     return networks
+
+
+@pytest.fixture
+def heads():
+    return random_heads()
 
 
 def write_heads(heads, directory, pattern="{}.pt"):

@@ -84,8 +84,9 @@ def _run(options: argparse.Namespace) -> int:
         device=options.device,
         keep_embeddings=options.embeddings,
         embedding_column=options.embedding_column,
-    ).ready(embedding_size=source.width)
+    )
     refuse_missing_norms(recipe.heads, source.columns.values(), metadata)
+    recipe = recipe.ready(embedding_size=source.width)
     with stop_at_signals() as stop:
         summary = run_job(
             active_or_local_session(),
