@@ -88,7 +88,7 @@ def test_the_vectors_are_open_clips_zero_shot_classifier(tiny, built):
 
 
 def test_the_columns_are_cosines_and_open_clips_softmax(built, embeddings):
-    classifier = ConceptClassifier(str(built))
+    classifier = ConceptClassifier(model_path=str(built))
     found = classifier.classify(embeddings, "cpu")
     vectors = load_file(built)["concepts"].double().numpy()
     cosines = embeddings.astype(np.float64) @ vectors.T
@@ -100,12 +100,12 @@ def test_the_columns_are_cosines_and_open_clips_softmax(built, embeddings):
         (column, pa.float32()) for column in columns
     ]
     assert [len(column) for column in classifier.columns(found)] == [300] * 4
-    prefixed = ConceptClassifier(str(built), prefix="my_").result_columns
+    prefixed = ConceptClassifier(model_path=str(built), prefix="my_").result_columns
     assert prefixed == [f"my_{column}" for column in columns]
 
 
 def test_the_file_tells_what_its_concepts_are(built, tiny):
-    described = ConceptClassifier(str(built)).for_embedding_size(32).describe()
+    described = ConceptClassifier(model_path=str(built)).for_embedding_size(32).describe()
     assert described["concepts"]["weapon"] == {
         "prompts": ["a photo of a weapon", "a drawing of a weapon", "a weapon"],
         "against": "everyday",
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_embeddings_of_another_width_are_refused(built):
     with pytest.raises(EmbeddingWidthError, match="32, these have width 768"):
-        ConceptClassifier(str(built)).for_embedding_size(768)
+        ConceptClassifier(model_path=str(built)).for_embedding_size(768)
 
 
 def test_a_file_that_is_none_of_concepts_is_refused(tmp_path):
@@ -241,15 +241,15 @@ def test_a_file_that_is_none_of_concepts_is_refused(tmp_path):
     vectors = torch.eye(2)
     save_file({"concepts": vectors}, tmp_path / "bad")
     with pytest.raises(WeightsError, match=r"bad is no file of `spark-nsfw concepts build`"):
-        ConceptClassifier(str(tmp_path / "bad"))
+        ConceptClassifier(model_path=str(tmp_path / "bad"))
     concepts = [Concept("a", ("x",)), Concept("b", ("y",), "a")]
     for some, rows in ((concepts[:1], vectors), (concepts[1:], vectors[:1]), ([], vectors[:0])):
         (tmp_path / "bad").write_bytes(concept_file(some, rows, {}))
         with pytest.raises(WeightsError, match=r"bad"):
-            ConceptClassifier(str(tmp_path / "bad"))
+            ConceptClassifier(model_path=str(tmp_path / "bad"))
     (tmp_path / "bad").write_bytes(concept_file(concepts, vectors * math.nan, {}))
     with pytest.raises(WeightsError, match=r"bad does not hold \(2, 2\) finite numbers"):
-        ConceptClassifier(str(tmp_path / "bad")).for_embedding_size(2)
+        ConceptClassifier(model_path=str(tmp_path / "bad")).for_embedding_size(2)
     (tmp_path / "bad").write_bytes(b"PK\x03\x04")
     with pytest.raises(WeightsError, match=r"bad is no safetensors file"):
-        ConceptClassifier(str(tmp_path / "bad"))
+        ConceptClassifier(model_path=str(tmp_path / "bad"))

@@ -1,4 +1,4 @@
-"""Q16, the multi-headed classifier, and Stable Diffusion's safety checker."""
+"""Heads on CLIP ViT-L/14: Q16, the multi-headed classifier, Stable Diffusion's checker."""
 
 import hashlib
 import pickle
@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import shared_file
 from safetensors.torch import save_file
+from scoring import score_into
 from torch import nn
 
+from spark_nsfw import TimmImageEmbedder
 from spark_nsfw.errors import (
     ChecksumError,
     EmbeddingWidthError,
@@ -25,6 +27,7 @@ from spark_nsfw.errors import (
     WeightsUnavailableError,
 )
 from spark_nsfw.files import write_file
+from spark_nsfw.score.concepts import Concept, ConceptClassifier, concept_file
 from spark_nsfw.score.download import file_sha256
 from spark_nsfw.score.multi_headed import HEADS, MultiHeadedClassifier
 from spark_nsfw.score.pickled_array import read_pickled_array
@@ -462,3 +465,35 @@ def test_a_file_that_is_no_checker_is_refused(tmp_path, checker):
         SafetyCheckerClassifier(
             model_path=write_checker(narrow, tmp_path / "narrow")
         ).for_embedding_size(768)
+
+
+# All of them
+
+
+def test_spark_runs_all_heads_in_one_pass(spark, shards, tmp_path, prompts, heads, checker):
+    vectors = nn.functional.normalize(torch.randn(2, 768), dim=1)
+    concepts = [Concept("weapon", ("a weapon",), "everyday"), Concept("everyday", ("a thing",))]
+    (tmp_path / "concepts").write_bytes(concept_file(concepts, vectors, {"model": "none"}))
+    classifiers = [
+        Q16Classifier(model_path=write_prompts(prompts, tmp_path / "prompts.p", "4")),
+        MultiHeadedClassifier(model_path=str(write_heads(heads, tmp_path / "heads"))),
+        SafetyCheckerClassifier(model_path=write_checker(checker, tmp_path / "checker")),
+        ConceptClassifier(model_path=str(tmp_path / "concepts")),
+    ]
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=768, classifiers=classifiers)
+    summary = score_into(spark, shards / "00000.tar", tmp_path / "out", embedder)
+    assert set(summary.scores) >= {"q16_score", "mhsc_hateful_score", "weapon_similarity"}
+    rows = spark.read.parquet(str(tmp_path / "out")).where("status = 'ok'")
+    types = {field.name: field.dataType.simpleString() for field in rows.schema}
+    assert types["is_q16_inappropriate"] == "boolean"
+    assert types["safety_checker_concept"] == "int"
+    frame = rows.toPandas()
+    assert len(frame) == 11
+    embeddings = np.stack(frame["image_embedding"]).astype(np.float32)
+    for classifier in classifiers:
+        inputs = embeddings
+        if classifier.takes_projection:
+            inputs = embeddings * frame["embedding_norm"].to_numpy()[:, None]
+        expected = classifier.classify(inputs, "cpu")
+        found = frame[classifier.result_columns].astype(np.float32).to_numpy()
+        assert np.abs(found - expected).max() < 1e-5, type(classifier)

@@ -111,9 +111,9 @@ class ConceptClassifier(ImageClassifier):
     ``{name}_score``, their softmax: 0 to 1, 1 = this one rather than the other.
 
     Args:
-        model_path: the file of concepts, a path or URL; its header is read at once.
         embedding_column: the column that stored embeddings are read from.
         batch_size: embeddings per forward pass of `classify`; -1 takes all at once.
+        model_path: the file of concepts, a path or URL; its header is read at once.
         models_dir: directory or URL with ``concepts.safetensors``, where there is no
             ``model_path``.
         prefix: put before each column's name, so that two files can be used together.
@@ -128,9 +128,9 @@ class ConceptClassifier(ImageClassifier):
 
     def __init__(
         self,
-        model_path: str | None = None,
         embedding_column: str = "image_embedding",
         batch_size: int = -1,
+        model_path: str | None = None,
         models_dir: str | None = None,
         prefix: str = "",
     ) -> None:
