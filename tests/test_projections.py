@@ -11,7 +11,7 @@ from test_heads import random_heads, write_heads
 from test_job import arguments
 
 from spark_nsfw import ImageClassifier, TimmImageEmbedder
-from spark_nsfw.cli import classify, main, score
+from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.read.embeddings import EmbeddingSource
 from spark_nsfw.schema import metadata_schema
@@ -149,15 +149,12 @@ def test_fresh_and_stored_embeddings_get_the_same_scores(tmp_path, jpegs, heads,
     assert np.array_equal(again[columns].to_numpy(), frame.to_numpy())
 
 
-def test_the_command_scores_our_own_metadata(
-    spark, shards, tmp_path, heads, detector_path, monkeypatch
-):
+def test_the_command_scores_our_own_metadata(spark, shards, tmp_path, heads_path, detector_path):
     """The heads beside the tower, and on what it stored, to the same bits."""
-    monkeypatch.setattr(score, "classifiers", lambda _: [heads])
-    monkeypatch.setattr(classify, "classifiers", lambda _: [heads])
-    shard = str(shards / "00000.tar")
-    assert main(["score", *arguments(shard, tmp_path / "metadata", detector_path)]) == 0
-    assert main(["classify", str(tmp_path / "metadata"), str(tmp_path / "out")]) == 0
+    shard, detector = str(shards / "00000.tar"), f"--detector=multi_headed={heads_path}"
+    inputs = arguments(shard, tmp_path / "metadata", detector_path)
+    assert main(["score", *inputs, "--detector=laion", detector]) == 0
+    assert main(["classify", str(tmp_path / "metadata"), str(tmp_path / "out"), detector]) == 0
     columns = ["key", *(f"mhsc_{head}_score" for head in HEADS)]
     before, after = (
         pd.read_parquet(tmp_path / name)[columns].dropna().sort_values("key").reset_index(drop=True)
@@ -167,16 +164,18 @@ def test_the_command_scores_our_own_metadata(
     assert before.equals(after)
 
 
-def test_the_command_refuses_before_spark_starts(tmp_path, heads, monkeypatch, capsys):
-    monkeypatch.setattr(classify, "classifiers", lambda _: [heads])
+def test_the_command_refuses_before_spark_starts(tmp_path, heads_path, monkeypatch, capsys):
     monkeypatch.setattr("spark_nsfw.spark.session.active_or_local_session", lambda: 1 / 0)
     embeddings = np.full((3, 768), 768**-0.5).tolist()
     write_metadata(tmp_path / "0.parquet", embeddings)
-    assert main(["classify", str(tmp_path / "0.parquet"), str(tmp_path / "out")]) == 2
+    command = ["classify", str(tmp_path / "0.parquet"), str(tmp_path / "out"), "--detector"]
+    assert main([*command, f"multi_headed={heads_path}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(r"MultiHeadedClassifier .*0\.parquet has no column 'embedding_norm'", error)
     assert "spark-nsfw score" in error
+    assert main([*command, "concepts"]) == 1
+    assert "--detector concepts=FILE" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

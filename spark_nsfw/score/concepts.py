@@ -138,7 +138,8 @@ class ConceptClassifier(ImageClassifier):
             model_path = f"{models_dir.rstrip('/')}/concepts.safetensors"
         if model_path is None:
             raise WeightsUnavailableError(
-                "ConceptClassifier needs model_path: make a file with `spark-nsfw concepts build`"
+                "ConceptClassifier needs model_path (--detector concepts=FILE): make that file "
+                "with `spark-nsfw concepts build`"
             )
         header = read_header(model_path)
         try:

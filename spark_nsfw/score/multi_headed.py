@@ -139,7 +139,8 @@ class MultiHeadedClassifier(ImageClassifier):
         """
         if self.model_path is None:
             raise WeightsUnavailableError(
-                f"{type(self).__name__} needs model_path, a directory with the files of "
+                f"{type(self).__name__} needs model_path (--detector multi_headed=DIR), a "
+                "directory with the files of "
                 "https://github.com/YitingQu/unsafe-diffusion, checkpoints/multi-headed"
             )
         try:
