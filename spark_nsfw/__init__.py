@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AestheticClassifier": "score.aesthetic",
+    "ConceptClassifier": "score.concepts",
     "ImageClassifier": "score.classifier",
     "ImageEmbedder": "score.embedder",
     "ImageTextPairDataset": "dataset",
+    "MultiHeadedClassifier": "score.multi_headed",
     "NsfwClassifier": "score.nsfw",
     "OpenNsfwClassifier": "score.open_nsfw",
     "PixelClassifier": "score.pixel_classifier",
+    "Q16Classifier": "score.q16",
+    "SafetyCheckerClassifier": "score.safety_checker",
     "SampleOptions": "read.shards",
     "Scorer": "score.scorer",
     "SparkNsfwError": "errors",
@@ -53,12 +57,16 @@ _MODULES = {
 
 __all__ = [
     "AestheticClassifier",
+    "ConceptClassifier",
     "ImageClassifier",
     "ImageEmbedder",
     "ImageTextPairDataset",
+    "MultiHeadedClassifier",
     "NsfwClassifier",
     "OpenNsfwClassifier",
     "PixelClassifier",
+    "Q16Classifier",
+    "SafetyCheckerClassifier",
     "SampleOptions",
     "Scorer",
     "SparkNsfwError",

@@ -104,11 +104,15 @@ def hadoop_path(path: str) -> str:
     return path
 
 
-def open_input(url: str) -> BinaryIO:
+def open_input(url: str, *, buffer_bytes: int | None = None) -> BinaryIO:
     """Open ``url`` for buffered, seekable reading that survives a bad moment of its store.
 
     Where a read fails or ends early, the file is opened again after a pause and read on from
     there; the pauses grow, `RETRY_SECONDS`.
+
+    Args:
+        url: the file, a path or URL.
+        buffer_bytes: read at a time; None takes what suits reading the file through.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
@@ -117,7 +121,8 @@ def open_input(url: str) -> BinaryIO:
         InputError: no filesystem for this kind of URL.
     """
     raw = _RetryingFile(url)
-    return io.BufferedReader(raw, _LOCAL_BUFFER_BYTES if raw.is_local else _REMOTE_BUFFER_BYTES)
+    usual = _LOCAL_BUFFER_BYTES if raw.is_local else _REMOTE_BUFFER_BYTES
+    return io.BufferedReader(raw, buffer_bytes or usual)
 
 
 class _RetryingFile(io.RawIOBase):

@@ -107,11 +107,9 @@ def test_only_the_report_draws():
 
 
 def test_models_are_put_together_in_one_place():
-    """The recipe says which, forward passes and the tower's own face load them."""
+    """The recipe says which."""
     both = importers_of("spark_nsfw.score.embedder") & importers_of("spark_nsfw.score.classifier")
-    assert {name for name in both if name.startswith("score/")} == {
-        "score/forward.py", "score/recipe.py", "score/scorer.py",
-    }  # fmt: skip
+    assert {name for name in both if name.startswith("score/")} == {"score/recipe.py"}
 
 
 def test_reading_shards_needs_no_torch():

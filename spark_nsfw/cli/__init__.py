@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spark_nsfw.cli import classify, export, inspect, models, report, score
+from spark_nsfw.cli import classify, concepts, export, inspect, models, report, score
 from spark_nsfw.cli.exit_status import ExitStatus
 from spark_nsfw.cli.parser import Parser
 from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="spark-nsfw", description="Find NSFW images in WebDataset shards with Spark."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for verb in (score, classify, report, export, models, inspect):
+    for verb in (score, classify, report, export, models, concepts, inspect):
         verb.add_parser(commands)
     return parser

@@ -29,9 +29,10 @@ def add_detector_arguments(group: argparse._ArgumentGroup) -> None:
         "--detector",
         action="append",
         metavar="NAME[=FILE]",
-        help="laion (the default), aesthetic, open_nsfw, marqo or freepik, with the file of its "
-        "weights if they are not to be downloaded; hf-hub:OWNER/NAME@LABEL for a timm model of "
-        "the hub; MODULE:CLASS for one of your own. May be repeated: each adds its columns",
+        help="laion (the default), aesthetic, q16, safety_checker, open_nsfw, marqo or freepik, "
+        "with the file of its weights if they are not to be downloaded; multi_headed=DIR; "
+        "concepts=FILE, see `spark-nsfw concepts build`; hf-hub:OWNER/NAME@LABEL for a timm model "
+        "of the hub; MODULE:CLASS for one of your own. May be repeated: each adds its columns",
     )
     group.add_argument(
         "--nsfw-checkpoint",

@@ -62,6 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.read.embeddings import EmbeddingSource
     from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.recipe import Recipe
+    from spark_nsfw.score.stored import refuse_missing_norms
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_foreign_files
@@ -83,7 +84,9 @@ def _run(options: argparse.Namespace) -> int:
         device=options.device,
         keep_embeddings=options.embeddings,
         embedding_column=options.embedding_column,
-    ).ready(embedding_size=source.width)
+    )
+    refuse_missing_norms(recipe.heads, source.columns.values(), metadata)
+    recipe = recipe.ready(embedding_size=source.width)
     with stop_at_signals() as stop:
         summary = run_job(
             active_or_local_session(),

@@ -22,4 +22,5 @@ def in_blocks(
     """
     missing = -len(rows) % block
     padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-    return torch.cat([model(piece) for piece in padded.split(block)])[: len(rows)]
+    # A model that squeezes gives a single row no axis at all.
+    return torch.cat([torch.atleast_1d(model(p)) for p in padded.split(block)])[: len(rows)]

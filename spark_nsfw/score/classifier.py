@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
-from spark_nsfw.errors import EmbeddingWidthError
+from spark_nsfw.errors import EmbeddingWidthError, InputError
+from spark_nsfw.schema import EMBEDDING_NORM
 from spark_nsfw.score.blocks import in_blocks
 from spark_nsfw.score.detector import Detector
-from spark_nsfw.score.download import file_sha256
 
 __all__ = ["ImageClassifier", "Model"]
 
@@ -101,9 +102,8 @@ class ImageClassifier(Detector[Model]):
         return self._settled[embedding_size]
 
     def _settle(self, embedding_size: int) -> None:
-        path = self.weights_file()
-        if path is not None:
-            self._sha256 = file_sha256(path)
+        self._sha256 = self.weights_sha256()
+        if self._sha256 is not None:
             self.model("cpu")  # so that a file that does not fit is refused now
         self._is_ready = True
 
@@ -117,9 +117,15 @@ class ImageClassifier(Detector[Model]):
 
         Returns:
             float32 (N,) or (N, K), on the embeddings' device.
+
+        Raises:
+            InputError: the classifier ``takes_projection``, and there are no norms.
         """
-        if self.takes_projection and norms is not None:
-            embeddings = embeddings * norms.unsqueeze(1)
+        if self.takes_projection:
+            if norms is None:
+                raise InputError(f"{type(self).__name__} needs {EMBEDDING_NORM} beside embeddings")
+            # An embedder that normalises changes nothing here but the last bit.
+            embeddings = nn.functional.normalize(embeddings, dim=1) * norms.unsqueeze(1)
         return self._forward(embeddings.to(self.embedding_precision).to(torch.float32))
 
     def classify(
@@ -137,10 +143,17 @@ class ImageClassifier(Detector[Model]):
 
         Raises:
             EmbeddingWidthError: D is not the width this classifier takes.
+            InputError: it ``takes_projection``, and all of them are of unit length.
         """
         array = np.ascontiguousarray(embeddings, np.float32)
         if array.ndim != 2:
             raise EmbeddingWidthError(f"embeddings must be (N, D), these are {array.shape}")
+        if self.takes_projection and len(array) and _all_are_unit(array):
+            raise InputError(
+                f"{type(self).__name__} takes CLIP's projections as they are before they are "
+                "normalised, and all of these have unit length: multiply each by its "
+                f"{EMBEDDING_NORM}"
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         step = self.batch_size if self.batch_size > 0 else max(len(array), 1)
         batches = torch.from_numpy(array).split(step)
@@ -154,3 +167,8 @@ class ImageClassifier(Detector[Model]):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_settled": {}}
+
+
+def _all_are_unit(rows: npt.NDArray[np.float32]) -> bool:
+    """Whether rows are normalised; to half precision, perhaps."""
+    return bool(np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 2e-3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,7 +16,7 @@ import torch
 
 from spark_nsfw.errors import InputError, WeightsUnavailableError
 from spark_nsfw.score.checkpoint import load_state_dict
-from spark_nsfw.score.download import PublishedFile, Weights, download, local_file
+from spark_nsfw.score.download import PublishedFile, Weights, download, file_sha256, local_file
 
 __all__ = ["Detector", "TakesDetector"]
 
@@ -165,7 +166,7 @@ class Detector(Generic[_Model]):
         values = values.to(torch.float32)
         if values.shape == (num_rows, 1):
             values = values.reshape(-1)
-        width = values[0].numel() if len(values) else 1
+        width = math.prod(values.shape[1:])
         if values.shape[:1] != (num_rows,) or not (
             self._postprocesses or width == len(self.result_fields)
         ):
@@ -196,6 +197,16 @@ class Detector(Generic[_Model]):
             url = f"{self.models_dir.rstrip('/')}/{published.file_name}"
             return local_file(url, published.sha256)
         return download(published.url, published.file_name, published.sha256)
+
+    def weights_sha256(self) -> str | None:
+        """The sha256 of its weights as they are now, in hex; None if it has none.
+
+        Raises:
+            WeightsUnavailableError: they cannot be had.
+            ChecksumError: they are not those that were settled or published.
+        """
+        path = self.weights_file()
+        return None if path is None else file_sha256(path)
 
     def load_weights(self) -> dict[str, torch.Tensor]:
         """The tensors of `weights_file` by name, on the CPU; no pickle is executed.

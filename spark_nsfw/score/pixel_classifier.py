@@ -12,7 +12,6 @@ import torch
 
 from spark_nsfw.errors import ImageError, InputError
 from spark_nsfw.score.detector import Detector
-from spark_nsfw.score.download import file_sha256
 from spark_nsfw.score.pixels import Transform, decode_once
 from spark_nsfw.score.tower import Precision, Tower
 
@@ -117,9 +116,8 @@ class PixelClassifier(Detector[Tower]):
 
     def _settle(self) -> None:
         """Find its weights, and try whether they fit."""
-        path = self.weights_file()
-        if path is not None:
-            self._sha256 = file_sha256(path)
+        self._sha256 = self.weights_sha256()
+        if self._sha256 is not None:
             self.load_model("cpu")
 
     def precision_on(self, device: str) -> Precision:

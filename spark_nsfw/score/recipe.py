@@ -34,9 +34,9 @@ class Recipe:
             its columns.
         device: a torch device; None takes the task's GPU, else the CPU.
         keep_embeddings: whether the embeddings are a result, too.
-        keep_norms: whether the norm of each projection goes along with its embedding.
         embedding_column: the embeddings' column; an embedder's own where there is one.
         embedding_size: width D of the embeddings; known once it is `ready`.
+        keep_norms: whether the norm of each projection goes along with its embedding.
 
     Raises:
         InputError: two results would go to one column, or a classifier of embeddings stands
@@ -47,9 +47,9 @@ class Recipe:
     classifiers: tuple[Detector[Any], ...]
     device: str | None = None
     keep_embeddings: bool = True
-    keep_norms: bool = True
     embedding_column: str = "image_embedding"
     embedding_size: int | None = None
+    keep_norms: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classifiers", tuple(self.classifiers))

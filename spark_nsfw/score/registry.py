@@ -11,10 +11,14 @@ from typing import Any
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.aesthetic import AestheticClassifier
 from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.concepts import ConceptClassifier
 from spark_nsfw.score.detector import Detector
+from spark_nsfw.score.multi_headed import MultiHeadedClassifier
 from spark_nsfw.score.nsfw import NsfwClassifier
 from spark_nsfw.score.open_nsfw import OpenNsfwClassifier
 from spark_nsfw.score.pixel_classifier import PixelClassifier
+from spark_nsfw.score.q16 import Q16Classifier
+from spark_nsfw.score.safety_checker import SafetyCheckerClassifier
 from spark_nsfw.score.timm_classifier import TimmImageClassifier
 
 __all__ = ["DETECTOR_NAMES", "detector_of"]
@@ -25,6 +29,10 @@ _MARQO, _FREEPIK = "hf-hub:Marqo/nsfw-image-detection-384", "hf-hub:Freepik/nsfw
 _KNOWN: dict[str, Callable[..., Detector[Any]]] = {
     "laion": NsfwClassifier,
     "aesthetic": AestheticClassifier,
+    "q16": Q16Classifier,
+    "safety_checker": SafetyCheckerClassifier,
+    "multi_headed": MultiHeadedClassifier,
+    "concepts": ConceptClassifier,
     "open_nsfw": OpenNsfwClassifier,
     "marqo": lambda model_path: TimmImageClassifier(
         _MARQO, pred_column="marqo_score", model_path=model_path
@@ -34,7 +42,7 @@ _KNOWN: dict[str, Callable[..., Detector[Any]]] = {
     ),
 }
 
-#: The names that need nothing but themselves.
+#: All names; ``multi_headed`` and ``concepts`` need the file of their weights.
 DETECTOR_NAMES = tuple(_KNOWN)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ import torch
 
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.read.source import Rows
-from spark_nsfw.schema import ERROR_MESSAGE, STATUS, Status, metadata_schema
+from spark_nsfw.schema import EMBEDDING_NORM, ERROR_MESSAGE, STATUS, Status, metadata_schema
 from spark_nsfw.score.arrays import spread
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.recipe import Recipe
 
-__all__ = ["StoredScorer", "embedding_matrix", "score_column"]
+__all__ = ["StoredScorer", "embedding_matrix", "refuse_missing_norms", "score_column"]
 
 _EMBEDDING = pa.list_(pa.float32())
 
@@ -60,7 +60,8 @@ class StoredScorer:
         Args:
             rows: pairs of a batch with the columns ``status`` and ``error_message``, and
                 the rows' embeddings: a list array (N,) of any float type, or None where
-                no row has one.
+                no row has one. The batch has a column ``embedding_norm``, too, where a
+                classifier ``takes_projection``.
 
         Returns:
             For every batch, in order, one with `spark_nsfw.schema.metadata_schema`. A row
@@ -74,7 +75,10 @@ class StoredScorer:
     def _metadata(self, batch: pa.RecordBatch, embeddings: pa.Array) -> pa.RecordBatch:
         ok = pc.equal(batch.column(STATUS), Status.OK.value)
         candidates = _only(ok, embeddings)
-        columns, usable = score_column(candidates, self.width, self.classifiers, self.device)
+        norms = None
+        if EMBEDDING_NORM in batch.schema.names:
+            norms = batch.column(EMBEDDING_NORM)
+        columns, usable = score_column(candidates, self.width, self.classifiers, self.device, norms)
         results = dict(zip(self.recipe.score_columns, columns, strict=True))
         if self.recipe.keep_embeddings:
             kept = _only(pa.array(usable), candidates.cast(_EMBEDDING))
@@ -82,10 +86,12 @@ class StoredScorer:
         results[STATUS], results[ERROR_MESSAGE] = batch.column(STATUS), batch.column(ERROR_MESSAGE)
         invalid = pc.and_(ok, pa.array(~usable))
         if pc.any(invalid).as_py():
+            finite = embedding_matrix(embeddings, self.width)[1]
+            lengths = pc.list_value_length(embeddings).to_pylist()
             reasons = [
-                _reason(length, self.width) if is_invalid else None
-                for length, is_invalid in zip(
-                    pc.list_value_length(embeddings).to_pylist(), invalid.to_pylist(), strict=True
+                _reason(length, self.width, is_finite) if is_invalid else None
+                for length, is_finite, is_invalid in zip(
+                    lengths, finite, invalid.to_pylist(), strict=True
                 )
             ]
             results[STATUS] = pc.if_else(invalid, Status.EMBEDDING_INVALID.value, results[STATUS])
@@ -109,12 +115,36 @@ def _only(mask: pa.Array, embeddings: pa.Array) -> pa.Array:
     return embeddings if pc.all(mask).as_py() else pc.if_else(mask, embeddings, None)
 
 
-def _reason(length: int | None, width: int) -> str:
+def _reason(length: int | None, width: int, is_finite: bool) -> str:
     if length is None:
         return "no embedding is stored"
     if length != width:
         return f"the stored embedding has width {length}, the first one has {width}"
-    return "the stored embedding is not finite"
+    if not is_finite:
+        return "the stored embedding is not finite"
+    return f"no {EMBEDDING_NORM} above 0 is stored, which a classifier needs"
+
+
+def refuse_missing_norms(
+    classifiers: Iterable[ImageClassifier], columns: Collection[str], place: str
+) -> None:
+    """Refuse classifiers of projections where only embeddings are stored.
+
+    Args:
+        classifiers: those that are to score them.
+        columns: the names of the columns beside the embeddings.
+        place: what errors call it.
+
+    Raises:
+        InputError: names the classifier, the column and what can be done.
+    """
+    for classifier in classifiers:
+        if classifier.takes_projection and EMBEDDING_NORM not in columns:
+            raise InputError(
+                f"{type(classifier).__name__} scores CLIP's projections, and {place} has no column "
+                f"{EMBEDDING_NORM!r} from which to restore them: embed the images anew with "
+                "`spark-nsfw score`, which writes it, or leave this classifier out"
+            )
 
 
 def embedding_matrix(column: pa.Array, width: int) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
@@ -144,7 +174,11 @@ def embedding_matrix(column: pa.Array, width: int) -> tuple[torch.Tensor, npt.ND
 
 
 def score_column(
-    column: pa.Array, width: int | None, classifiers: Sequence[ImageClassifier], device: str
+    column: pa.Array,
+    width: int | None,
+    classifiers: Sequence[ImageClassifier],
+    device: str,
+    norms: pa.Array | None = None,
 ) -> tuple[list[pa.Array], npt.NDArray[np.bool_]]:
     """Score a list column of embeddings as the pipeline scores fresh ones.
 
@@ -154,6 +188,8 @@ def score_column(
             they take.
         classifiers: each gives its columns.
         device: a torch device.
+        norms: N numbers, the lengths of the projections that were normalised; needed where
+            a classifier ``takes_projection``, and each row must have one then.
 
     Returns:
         An array (N,) per result column, null where a row is no embedding;
@@ -161,17 +197,27 @@ def score_column(
 
     Raises:
         EmbeddingWidthError: a classifier takes none of several embeddings.
+        InputError: there are no norms, and a classifier needs them.
     """
     if width is None:
         width = _common_width(column, classifiers)
     matrix, usable = embedding_matrix(column, width)
+    lengths = None
+    if any(classifier.takes_projection for classifier in classifiers):
+        if norms is None:
+            raise InputError(f"classifiers need a column {EMBEDDING_NORM!r}, and there is none")
+        all_lengths = pc.fill_null(norms.cast(pa.float32()), 0).to_numpy(zero_copy_only=False)
+        has_length = np.isfinite(all_lengths) & (all_lengths > 0)
+        matrix = matrix[torch.from_numpy(has_length[usable])]
+        usable &= has_length
+        lengths = torch.from_numpy(all_lengths[usable]).to(device)
     embeddings = matrix.to(device)
     arrays = []
     for classifier in classifiers:
         values = np.zeros(0, np.float32)
         if len(matrix):
             with torch.inference_mode():
-                values = classifier.score(embeddings).cpu().numpy()
+                values = classifier.score(embeddings, lengths).cpu().numpy()
         arrays += [spread(result, usable) for result in classifier.columns(values)]
     return arrays, usable
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.types import DoubleType, FloatType
 
 from spark_nsfw.schema import STATUS, Status
 from spark_nsfw.spark.output import read_note
@@ -24,10 +25,11 @@ def summarize(
     Args:
         metadata: all rows of an output.
         output: where it is.
-        score_columns: those that are there are summed up.
+        score_columns: those that are there and hold fractions are summed up; labels are not.
         num_shards: that have rows, as the output's listing told.
     """
-    kept = [column for column in score_columns if column in metadata.columns]
+    fractions = {f.name for f in metadata.schema if isinstance(f.dataType, (FloatType, DoubleType))}
+    kept = [column for column in score_columns if column in fractions]
     aggregates = [F.count(F.lit(1)).alias("num_rows")]
     for column in kept:
         score = F.col(f"`{column}`")
