@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import shared_file
 from safetensors.torch import save_file
 from test_job import arguments
 from test_ownership import listing, write_files
 
-from spark_nsfw import AestheticClassifier
+from spark_nsfw import AestheticClassifier, Q16Classifier
 from spark_nsfw.cli import _parser, main
 from spark_nsfw.note import package_version
 from spark_nsfw.score.download import PublishedFile, file_sha256
@@ -63,7 +64,10 @@ def test_help_lists_every_option(capsys):
         assert option in text
 
 
-VERBS = ["score", "classify", "report", "export", "models", "models fetch", "inspect"]
+VERBS = [
+    "score", "classify", "report", "export", "models", "models fetch", "concepts",
+    "concepts build", "inspect",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -86,7 +90,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "spark_nsfw.cli", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for verb in ["score", "classify", "report", "export", "models", "inspect"]:
+    for verb in ["score", "classify", "report", "export", "models", "concepts", "inspect"]:
         assert f"\n    {verb}" in shown
 
 
@@ -214,6 +218,15 @@ def test_models_fetch_stages_the_aesthetic_classifier_too(
     subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=staged, check=True)
     assert "aesthetic.pth" in (staged / "SHA256SUMS").read_text()
     assert AestheticClassifier(models_dir=str(staged)).load_weights().keys() == {"layers.0.weight"}
+
+
+def test_models_fetch_stages_q16s_prompts_too(staged, tmp_path, weights_cache, monkeypatch):
+    shutil.copytree(weights_cache, tmp_path / "cache")
+    shutil.copy(shared_file("heads/q16_vit_l_14_prompts.p"), tmp_path / "cache")
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path / "cache"))
+    assert fetch(staged, "--q16") == 0
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path / "empty"))
+    assert Q16Classifier(models_dir=str(staged)).load_weights()["prompts"].shape == (2, 768)
 
 
 @pytest.mark.parametrize("name", ["test_vit2.safetensors", "clip_autokeras_binary_nsfw.zip"])

@@ -30,13 +30,15 @@ def add_parser(commands: Commands) -> None:
         help=f"timm tower; may be repeated (default: {DEFAULT_MODEL})",
     )
     fetch.add_argument("--aesthetic", action="store_true", help="also fetch LAION-Aesthetics V2")
+    fetch.add_argument("--q16", action="store_true", help="also fetch Q16's prompts")
     fetch.set_defaults(run=_fetch)
 
 
 def _fetch(options: argparse.Namespace) -> int:
     from spark_nsfw.score.aesthetic import AESTHETIC_FILE
+    from spark_nsfw.score.q16 import Q16_FILE
     from spark_nsfw.score.staging import fetch_models
 
-    others = [AESTHETIC_FILE] if options.aesthetic else []
+    others = [AESTHETIC_FILE] * options.aesthetic + [Q16_FILE] * options.q16
     fetch_models(options.directory, options.model or [DEFAULT_MODEL], others=others)
     return ExitStatus.DONE
