@@ -480,9 +480,13 @@ def test_a_tower_of_ones_own_is_embedded_like_timms(shards):
 
 
 def test_detectors_by_name(monkeypatch):
-    assert {type(detector_of(name)).__name__ for name in DETECTOR_NAMES} >= {
+    names = set(DETECTOR_NAMES) - {"concepts"}  # which nobody publishes
+    assert {type(detector_of(name)).__name__ for name in names} == {
         "NsfwClassifier",
         "AestheticClassifier",
+        "Q16Classifier",
+        "SafetyCheckerClassifier",
+        "MultiHeadedClassifier",
         "OpenNsfwClassifier",
         "TimmImageClassifier",
     }
