@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS
+from spark_nsfw.schema import ERROR_MESSAGE, KEY, SCHEMA_PARTITION, SHARD, STATUS
 from spark_nsfw.spark.output import ParquetOutput
 from spark_nsfw.use.export_output import selection_directory
 from spark_nsfw.use.regroup import ExportOptions
@@ -39,7 +39,7 @@ def kept_columns(
     if rows.schema[SHARD].dataType.simpleString() != "string":
         raise InputError(
             "the metadata's shard names were read as numbers, because its partition "
-            "shard=__schema__ is missing"
+            f"{SHARD}={SCHEMA_PARTITION} is missing"
         )
     unknown = [name for name in columns or () if name not in rows.columns]
     if unknown:
