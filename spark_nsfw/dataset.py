@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from spark_nsfw.errors import InputError
 from spark_nsfw.files import files_digest
 from spark_nsfw.note import merged_note, refuse_another_note, same_note
+from spark_nsfw.ownership import STATE
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import SampleOptions, ShardSource
 from spark_nsfw.read.source import Unit
@@ -22,7 +23,7 @@ from spark_nsfw.score.embedder import TimmImageEmbedder
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.job import JobOptions, write_units
-from spark_nsfw.spark.output import ParquetOutput, noted_schema, with_note
+from spark_nsfw.spark.output import ParquetOutput, noted_schema, num_tasks_for, with_note
 from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
@@ -31,11 +32,15 @@ from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
 from spark_nsfw.use.sidecars import move_beside_shards
+from spark_nsfw.use.summary import counted
 
 __all__ = ["ImageTextPairDataset"]
 
 #: Where rows grow before they become sidecars; readers skip names with an underscore.
-_STAGING = "_spark_nsfw_sidecars"
+_STAGING = f"{STATE}_sidecars"
+
+#: Tasks that the shards are sliced into, more if a task would write too many of them.
+_TASKS = 1024
 
 
 class ImageTextPairDataset:
@@ -126,11 +131,16 @@ class ImageTextPairDataset:
         self._metadata = metadata
 
     def _rows(self, units: Sequence[Unit]) -> DataFrame:
-        schema = self._source.schema()
+        schema = self._source.schema(units=self._units)
+        num_tasks = num_tasks_for(len(units), _TASKS)
         if self.embedder is None:
-            rows = sample_rows(self.spark, units, self._source, schema, images=False)
+            rows = sample_rows(
+                self.spark, units, self._source, schema, images=False, num_tasks=num_tasks
+            )
             return score_embeddings(rows, self.classifiers) if self.classifiers else rows
-        rows = metadata_rows(self.spark, units, self._source, self._recipe, schema)
+        rows = metadata_rows(
+            self.spark, units, self._source, self._recipe, schema, num_tasks=num_tasks
+        )
         return with_note(rows, self._recipe.result_columns, self._note)
 
     @property
@@ -208,8 +218,8 @@ class ImageTextPairDataset:
         if unknown:
             staging.delete()
             raise InputError(
-                f"the metadata has rows of {len(unknown):,} shards that the dataset does not "
-                f"have, such as {unknown[0]!r}: nothing was saved"
+                f"the metadata has rows of {counted(len(unknown), 'shard')} that the dataset "
+                f"does not have, such as {unknown[0]!r}: nothing was saved"
             )
         move_beside_shards(staging.url, self._units)
         staging.delete()

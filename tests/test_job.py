@@ -120,7 +120,7 @@ def test_a_finished_run_started_again_writes_nothing(spark, finished, shards):
     files = files_of(output)
     summary, lines = run(spark, str(shards), output, embedder, plan="fused", shards_per_wave=1)
     assert files_of(output) == files
-    assert lines == ["nothing to do: all 5 shards were scored before"]
+    assert lines == ["nothing to do: 5 shards, all scored before"]
     assert summary.num_new_images == 0
     assert summary.num_by_status == before.num_by_status
 
