@@ -145,19 +145,12 @@ def main() -> None:
             report=lambda _: None,
         )  # fmt: skip
 
-    clock = time.monotonic()
-    def lap(what):
-        nonlocal clock
-        print(f"LAP {what} {time.monotonic() - clock:.1f}", file=sys.stderr, flush=True)
-        clock = time.monotonic()
     report = {"devices": devices(spark), "loads": {}, "rounds": [], "killed": [], "unequal": []}
-    lap("devices")
     for plan in ("dataframe", "fused"):
         before = set(classifier.directory.iterdir())
         run(directory / plan, plan)
         new = [path.name.rsplit("-", 1)[0] for path in set(classifier.directory.iterdir()) - before]
         report["loads"][plan] = sorted(new)
-        lap(plan)
     expected = rows_of(spark, directory / "fused")
     report["num_rows"] = len(expected)
     report["plans_agree"] = expected == rows_of(spark, directory / "dataframe")
@@ -178,10 +171,8 @@ def main() -> None:
                 done.set()
                 killer.join()
                 report["rounds"].append(f"{plan} {kind}")
-                lap(f"{plan} {kind} {len(killed)}")
                 if rows_of(spark, output) != expected:
                     report["unequal"].append(report["rounds"][-1])
-                lap("rows")
             report["killed"] += killed
     print("REPORT" + json.dumps(report))
     spark.stop()
