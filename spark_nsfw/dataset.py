@@ -27,6 +27,7 @@ from spark_nsfw.spark.output import ParquetOutput, noted_schema, num_tasks_for, 
 from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
+from spark_nsfw.spark.types import quoted
 from spark_nsfw.spark.units import sample_rows
 from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.use.metadata import refuse_names, refuse_place
@@ -242,7 +243,7 @@ class ImageTextPairDataset:
         kept = rows.columns if columns is None else [SHARD, *(c for c in columns if c != SHARD)]
         if output.note() is None:
             refuse_names(self._units, output.url)
-            schema = rows.select(*(f"`{name}`" for name in kept)).schema
+            schema = rows.select(*map(quoted, kept)).schema
             output.begin(noted_schema(schema, self._recipe.result_columns, note), note)
         refuse_another_note(
             output.url, output.note() or {}, note, "or delete this one to start anew"
@@ -255,7 +256,7 @@ class ImageTextPairDataset:
             rows = rows.where(~F.col(SHARD).isin(list(done))) if done else rows
             rows = rows.withColumn("_order", F.monotonically_increasing_id())
             rows = rows.repartition(F.col(SHARD)).sortWithinPartitions(SHARD, "_order")
-        rows = rows.select(*(f"`{name}`" for name in kept))
+        rows = rows.select(*map(quoted, kept))
         output.append(with_note(rows, self._recipe.result_columns, note))
 
     def to_webdataset(
@@ -294,7 +295,7 @@ class ImageTextPairDataset:
             raise InputError(f"metadata has no column {filter_column!r} of booleans")
         return export_rows(
             metadata,
-            F.col(f"`{filter_column}`"),
+            F.col(quoted(filter_column)),
             self._inputs,
             os.fspath(path),
             {

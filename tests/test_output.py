@@ -539,6 +539,24 @@ def test_with_the_cloud_module_stores_commit_in_their_own_way(
     assert local.options["mapreduce.fileoutputcommitter.algorithm.version"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        ("org.apache.hadoop.fs.s3a.S3AFileSystem", "S3A's magic committer"),
+        ("com.amazon.ws.emr.hadoop.fs.EmrFileSystem", "Hadoop's file committer, algorithm 2"),
+    ],
+)
+def test_s3_on_emr_is_not_always_s3a(spark, monkeypatch, caplog, implementation, name):
+    monkeypatch.setattr("spark_nsfw.spark.committer._has_class", lambda jvm, name: True)
+    spark.conf.set("fs.s3.impl", implementation)
+    try:
+        assert committer_of(spark, "s3://bucket/out").name == name
+        assert committer_of(spark, "s3a://bucket/out").name == "S3A's magic committer"
+    finally:
+        spark.conf.unset("fs.s3.impl")
+    assert caplog.messages == []  # EMRFS copies nothing
+
+
 def test_a_committer_that_may_delete_the_output_is_refused(spark):
     settings = {
         "fs.s3a.committer.name": "partitioned",

@@ -9,6 +9,7 @@ from pyspark.sql import functions as F
 
 from spark_nsfw.schema import STATUS, Status
 from spark_nsfw.spark.output import read_note
+from spark_nsfw.spark.types import quoted
 from spark_nsfw.use.summary import ScoreSummary, Summary
 
 __all__ = ["summarize"]
@@ -30,7 +31,7 @@ def summarize(
     kept = [column for column in score_columns if column in metadata.columns]
     aggregates = [F.count(F.lit(1)).alias("num_rows")]
     for column in kept:
-        score = F.col(f"`{column}`")
+        score = F.col(quoted(column))
         aggregates += [
             F.percentile_approx(score, list(_QUANTILES), 10_000),
             F.count(score),
