@@ -194,7 +194,7 @@ class ImageTextPairDataset:
 
         Raises:
             InputError: there is no such column, or ``path`` is no place to write to.
-            JobError: the output was made in another way, or Spark failed.
+            JobError: the output was made with different settings, or Spark failed.
         """
         if columns is not None:
             there = self.metadata.columns
@@ -287,7 +287,7 @@ class ImageTextPairDataset:
 
         Raises:
             InputError: arguments that cannot work.
-            JobError: the output was made in another way, or the run failed.
+            JobError: the output was made with different settings, or the run failed.
         """
         metadata = self.metadata
         made_by = {n: v for n, v in self._recipe.describe().items() if n != "rows"}

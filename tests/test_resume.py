@@ -645,7 +645,7 @@ def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detec
         assert score(inputs, output, detector_path) == 0
         assert not list(output.rglob("_SUCCESS"))
         assert score(inputs, output, detector_path, "--decode=exact") == 1
-        assert "was made in another way" in capsys.readouterr().err
+        assert "was made with different settings" in capsys.readouterr().err
         assert score(inputs, output, detector_path, "--decode=exact", "--overwrite", "--yes") == 0
     finally:
         spark.conf.unset(option)

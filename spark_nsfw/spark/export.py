@@ -139,7 +139,7 @@ def export_metadata(
 
     Raises:
         InputError: arguments that cannot work. Nothing was written.
-        JobError: the output was made in another way, or the run failed.
+        JobError: the output was made with different settings, or the run failed.
     """
     metadata = absolute(metadata)
     refuse_export(metadata, output, inputs, allow_moved=allow_moved)
@@ -199,7 +199,7 @@ def export_rows(
 
     Raises:
         InputError: arguments that cannot work.
-        JobError: the output was made in another way, or the run failed.
+        JobError: the output was made with different settings, or the run failed.
     """
     spark, options = rows.sparkSession, options or ExportOptions()
     output = absolute(output)

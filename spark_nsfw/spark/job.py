@@ -65,25 +65,25 @@ def run_job(
         recipe: what to compute.
         output: directory of the Parquet metadata, a path or URL that Spark writes to.
         options: how the run goes.
-        report: is given lines of progress; by default they go to stderr.
-        stop: when set, the run ends; what is not written then is left to the next run.
+        report: takes lines of progress; by default they go to stderr.
+        stop: set it to end the run; the next run scores what is not written by then.
 
     Returns:
         What the whole output holds, earlier runs included. The same is written as JSON to
         ``_spark_nsfw/summary.json`` in the output.
 
     Raises:
-        InputError: nothing to read, arguments that cannot work, or an output that is no
-            place to write to.
+        InputError: nothing to read, invalid arguments, or an output that must not be
+            written to.
         JobError: the output was made with other weights or columns, or from inputs of
-            another root, or Spark failed.
+            another root; or Spark failed.
         JobStoppedError: ``stop`` was set before all units were done.
     """
     place = ParquetOutput(spark, output)
     refuse_place(place.url, source)
     run = write_units(spark, source, recipe, place, options, report, stop)
     seconds = run.progress.seconds
-    with session_settings(spark, _SETTINGS), as_job_error(f"{place.url} cannot be summed up"):
+    with session_settings(spark, _SETTINGS), as_job_error(f"cannot summarize {place.url}"):
         summary = replace(
             summarize(place.rows(), place.url, recipe.score_columns, len(place.done())),
             provenance=run.note,
@@ -103,7 +103,7 @@ def write_units(
     report: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Run:
-    """The loop itself: as `run_job`, into any output, which is not looked at afterwards."""
+    """The loop itself: `run_job` into any output, without the summary."""
     options, stop = options or JobOptions(), stop or threading.Event()
     units = _first_units(source, options, stop)
     refuse_names(units, output.url)
@@ -152,10 +152,10 @@ def _begin(
     units: Sequence[Unit],
     report: Callable[[str], None] | None,
 ) -> Run:
-    """Begin an output, or go on with it.
+    """Begin an output, or continue it.
 
     Raises:
-        JobError: it was begun in another way, or cannot be written.
+        JobError: it was begun with different settings, or cannot be written.
     """
     note = merged_note(recipe.describe(), source.describe())
     if output.schema() is None:

@@ -82,7 +82,7 @@ class ParquetOutput:
         self.url = self._files.url
         self._spark = spark
         self._committer = committer_of(spark, self.url)
-        _log.info("%s is written by %s", self.url, self._committer.name)
+        _log.info("files are committed to %s by %s", self.url, self._committer.name)
 
     def note(self) -> dict[str, Any] | None:
         """What made its rows, empty if nothing was noted; None if it is not begun."""
@@ -109,7 +109,7 @@ class ParquetOutput:
         """Names of the units whose rows it has; a unit that was written twice has them once.
 
         Raises:
-            JobError: the rows of a unit were made twice, in different ways.
+            JobError: two writes made a unit's rows with different settings.
         """
         return self._files.done()
 

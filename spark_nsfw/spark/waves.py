@@ -69,11 +69,11 @@ class WaveSizes:
 class Crashes:
     """The units of a run that kill their workers.
 
-    Until something is written, it may as well be the cluster that kills them: they wait,
-    and where there are several of them, the run fails.
+    Until something is written, the cluster may be to blame: such units wait, and if there are
+    several, the run fails.
 
     Args:
-        set_aside: is given a unit that kills its worker, and the error.
+        set_aside: takes a unit that kills its worker, and the error.
     """
 
     def __init__(self, set_aside: Callable[[Unit, str], None]) -> None:
@@ -82,10 +82,10 @@ class Crashes:
         self._workers_live = False
 
     def add(self, unit: Unit, error: str) -> None:
-        """Set a unit aside, as soon as it is sure that it is to blame.
+        """Set a unit aside, as soon as it is certain to be the cause.
 
         Raises:
-            JobError: nothing but such units was met so far; none of them is set aside.
+            JobError: every unit so far killed its worker; none is set aside.
         """
         self._waiting.append((unit, error))
         if self._workers_live:
@@ -93,9 +93,9 @@ class Crashes:
         elif len(self._waiting) >= _MAX_CRASHES_AT_FIRST:
             raise JobError(
                 f"every worker died, with each of the first {len(self._waiting)} shards alone: "
-                f"{error}. No shard is set aside for it. Check the memory of executors "
-                "(spark.executor.memoryOverhead), the batch size, and that the libraries of the "
-                "workers run there at all; the shards are "
+                f"{error}. No shard was set aside. Check the executors' memory "
+                "(spark.executor.memoryOverhead), the batch size, and that the workers' libraries "
+                "run at all; the shards are "
                 f"{', '.join(unit.place for unit, _ in self._waiting)}"
             )
 

@@ -176,7 +176,7 @@ class MetadataFiles:
         the write with the smallest name stay and the others are deleted.
 
         Raises:
-            JobError: two writes made a unit's rows in different ways.
+            JobError: two writes made a unit's rows with different settings.
         """
         units = self._data_files()
         units.pop(SCHEMA_PARTITION, None)
@@ -238,7 +238,7 @@ class MetadataFiles:
                 notes.append(note_in(pq.read_metadata(stream).metadata or {}) or {})
         if not same_note(*notes):
             raise JobError(
-                f"shard {unit!r} has rows of two runs that were made in different ways: "
+                f"shard {unit!r} has rows of two runs with different settings: "
                 f"{self._url_of(names[0])} and {names[1]}. Delete one of the two and run again"
             )
 
