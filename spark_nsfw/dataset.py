@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from spark_nsfw.errors import InputError
 from spark_nsfw.files import files_digest
 from spark_nsfw.note import merged_note, refuse_another_note, same_note
+from spark_nsfw.ownership import STATE
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import SampleOptions, ShardSource
 from spark_nsfw.read.source import Unit
@@ -23,20 +24,25 @@ from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.job import JobOptions, write_units
-from spark_nsfw.spark.output import ParquetOutput, noted_schema, with_note
+from spark_nsfw.spark.output import ParquetOutput, noted_schema, num_tasks_for, with_note
 from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
+from spark_nsfw.spark.types import quoted
 from spark_nsfw.spark.units import sample_rows
 from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
 from spark_nsfw.use.sidecars import move_beside_shards
+from spark_nsfw.use.summary import counted
 
 __all__ = ["ImageTextPairDataset"]
 
 #: Where rows grow before they become sidecars; readers skip names with an underscore.
-_STAGING = "_spark_nsfw_sidecars"
+_STAGING = f"{STATE}_sidecars"
+
+#: Tasks that the shards are sliced into, more if a task would write too many of them.
+_TASKS = 1024
 
 
 class ImageTextPairDataset:
@@ -126,11 +132,16 @@ class ImageTextPairDataset:
         self._metadata = metadata
 
     def _rows(self, units: Sequence[Unit]) -> DataFrame:
-        schema = self._source.schema()
+        schema = self._source.schema(units=self._units)
+        num_tasks = num_tasks_for(len(units), _TASKS)
         if not self._recipe.reads_images:
-            rows = sample_rows(self.spark, units, self._source, schema, images=False)
+            rows = sample_rows(
+                self.spark, units, self._source, schema, images=False, num_tasks=num_tasks
+            )
             return score_embeddings(rows, self._recipe.heads) if self.classifiers else rows
-        rows = metadata_rows(self.spark, units, self._source, self._recipe, schema)
+        rows = metadata_rows(
+            self.spark, units, self._source, self._recipe, schema, num_tasks=num_tasks
+        )
         return with_note(rows, self._recipe.result_columns, self._note)
 
     @property
@@ -188,7 +199,7 @@ class ImageTextPairDataset:
 
         Raises:
             InputError: there is no such column, or ``path`` is no place to write to.
-            JobError: the output was made in another way, or Spark failed.
+            JobError: the output was made with different settings, or Spark failed.
         """
         if columns is not None:
             there = self.metadata.columns
@@ -213,8 +224,8 @@ class ImageTextPairDataset:
         if unknown:
             staging.delete()
             raise InputError(
-                f"the metadata has rows of {len(unknown):,} shards that the dataset does not "
-                f"have, such as {unknown[0]!r}: nothing was saved"
+                f"the metadata has rows of {counted(len(unknown), 'shard')} that the dataset "
+                f"does not have, such as {unknown[0]!r}: nothing was saved"
             )
         move_beside_shards(staging.url, self._units)
         staging.delete()
@@ -237,7 +248,7 @@ class ImageTextPairDataset:
         kept = rows.columns if columns is None else [SHARD, *(c for c in columns if c != SHARD)]
         if output.note() is None:
             refuse_names(self._units, output.url)
-            schema = rows.select(*(f"`{name}`" for name in kept)).schema
+            schema = rows.select(*map(quoted, kept)).schema
             output.begin(noted_schema(schema, self._recipe.result_columns, note), note)
         refuse_another_note(
             output.url, output.note() or {}, note, "or delete this one to start anew"
@@ -250,7 +261,7 @@ class ImageTextPairDataset:
             rows = rows.where(~F.col(SHARD).isin(list(done))) if done else rows
             rows = rows.withColumn("_order", F.monotonically_increasing_id())
             rows = rows.repartition(F.col(SHARD)).sortWithinPartitions(SHARD, "_order")
-        rows = rows.select(*(f"`{name}`" for name in kept))
+        rows = rows.select(*map(quoted, kept))
         output.append(with_note(rows, self._recipe.result_columns, note))
 
     def to_webdataset(
@@ -281,7 +292,7 @@ class ImageTextPairDataset:
 
         Raises:
             InputError: arguments that cannot work.
-            JobError: the output was made in another way, or the run failed.
+            JobError: the output was made with different settings, or the run failed.
         """
         metadata = self.metadata
         made_by = {n: v for n, v in self._recipe.describe().items() if n != "rows"}
@@ -289,7 +300,7 @@ class ImageTextPairDataset:
             raise InputError(f"metadata has no column {filter_column!r} of booleans")
         return export_rows(
             metadata,
-            F.col(f"`{filter_column}`"),
+            F.col(quoted(filter_column)),
             self._inputs,
             os.fspath(path),
             {

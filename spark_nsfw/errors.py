@@ -18,7 +18,7 @@
     │   ├── UndecodableImageError       the bytes are no image that pillow opens
     │   └── OversizedImageError         the image is larger than the limit
     └── JobError                        the job cannot go on; what is written stays valid
-        └── JobStoppedError             somebody stopped it
+        └── JobStoppedError             it was stopped
 """
 
 from __future__ import annotations
@@ -112,4 +112,4 @@ class JobError(SparkNsfwError):
 
 
 class JobStoppedError(JobError):
-    """Somebody stopped the job; the next run goes on from there."""
+    """The job was stopped; the next run continues from there."""

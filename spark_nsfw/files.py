@@ -24,12 +24,17 @@ __all__ = [
     "exists",
     "files_digest",
     "find_file",
+    "is_hidden",
     "iter_files",
     "list_files",
     "move_file",
     "write_file",
     "write_text",
 ]
+
+
+#: pyarrow's names for object stores, which have no directories.
+_FLAT_STORES = ("s3", "gcs", "abfs")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,17 @@ def exists(url: str) -> bool:
         raise StorageError(f"{url} cannot be looked at: {exc}") from exc
 
 
+def is_hidden(path: str) -> bool:
+    """Whether readers skip a file or directory, for its name or that of a directory above it.
+
+    As in Spark, ``.x`` and ``_x`` are hidden; ``_x=1``, which can be a partition, is not.
+    """
+    return any(
+        part.startswith(".") or (part.startswith("_") and "=" not in part)
+        for part in path.split("/")
+    )
+
+
 def iter_files(
     url: str, *, skip: Callable[[str], bool] = lambda name: False, follow_links: bool = False
 ) -> Iterator[FileEntry]:
@@ -85,8 +101,8 @@ def iter_files(
 
     Args:
         url: the directory, a path or URL.
-        skip: told a directory's name below ``url``, says whether to leave it out; stores
-            without directories ask it for files.
+        skip: given a directory's name below ``url``, says whether to leave it out. Object
+            stores list everything in one pass and ask it for files.
         follow_links: list what is behind links to directories, too, if they do not lead back
             up; else such a link is an entry itself, so that who deletes or refuses sees it.
 
@@ -98,15 +114,21 @@ def iter_files(
         yield from _iter_local_files(path, "", skip, follow_links, ())
         return
     root = path.rstrip("/") + "/"
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    try:
-        infos = filesystem.get_file_info(selector)
-    except OSError as exc:
-        raise StorageError(f"{url} cannot be listed: {exc}") from exc
-    for info in infos:
-        name = info.path[len(root) :]
-        if info.type is fs.FileType.File and not skip(name):
-            yield FileEntry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
+    # Object stores list a prefix page by page; HDFS lists directory by directory in any case.
+    one_pass = filesystem.type_name in _FLAT_STORES
+    directories = [path]
+    while directories:
+        selector = fs.FileSelector(directories.pop(), recursive=one_pass, allow_not_found=True)
+        try:
+            infos = filesystem.get_file_info(selector)
+        except OSError as exc:
+            raise StorageError(f"{url} cannot be listed: {exc}") from exc
+        for info in infos:
+            name = info.path[len(root) :]
+            if info.type is fs.FileType.File and not (one_pass and skip(name)):
+                yield FileEntry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
+            elif info.type is fs.FileType.Directory and not one_pass and not skip(name):
+                directories.append(info.path)
 
 
 def _iter_local_files(
@@ -225,8 +247,7 @@ def delete_empty_directories(url: str) -> None:
 def list_files(url: str) -> tuple[str, list[str]]:
     """The files below a directory, or the one file that ``url`` names.
 
-    Names that start with an underscore or a dot are no data and are left out, with all
-    that is below them, as Spark does it.
+    Hidden names are left out, with everything below them.
 
     Returns:
         A prefix, and the files' names, sorted; prefix + name is a path or URL for `open_input`.
@@ -239,11 +260,8 @@ def list_files(url: str) -> tuple[str, list[str]]:
     if find_file(url) is not None:
         directory, _, name = prefix.rpartition("/")
         return f"{directory}/", [name]
-    names = sorted(entry.name for entry in iter_files(url, follow_links=True))
-    hidden = ("_", ".")
-    return prefix.rstrip("/") + "/", [
-        name for name in names if not any(part.startswith(hidden) for part in name.split("/"))
-    ]
+    entries = iter_files(url, skip=is_hidden, follow_links=True)
+    return prefix.rstrip("/") + "/", sorted(e.name for e in entries if not is_hidden(e.name))
 
 
 def move_file(source: str, target: str) -> None:

@@ -41,7 +41,7 @@ def package_version() -> str:
 
 
 def merged_note(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """One note of what several have to say; where two have an entry, both entries' keys."""
+    """Several notes as one; entries of the same name are merged key by key."""
     note: dict[str, Any] = {"version": package_version()}
     for part in parts:
         for name, value in part.items():
@@ -113,7 +113,7 @@ def _footer(path: str) -> Footer:
 def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:
     """The note in the footer of a Parquet file; None if there is none that parses.
 
-    Spark keeps it with the columns' metadata; a sidecar of an export has it as it is.
+    Spark keeps it in a column's metadata, an exported sidecar in the footer itself.
     """
     try:
         if PROVENANCE.encode() in footer:
@@ -123,12 +123,12 @@ def note_in(footer: Mapping[bytes, bytes]) -> dict[str, Any] | None:
             if PROVENANCE in column["metadata"]:
                 return dict(json.loads(column["metadata"][PROVENANCE]))
     except (ValueError, TypeError, AttributeError, KeyError):
-        pass  # somebody else's use of the same names
+        pass  # another program uses the same names
     return None
 
 
 def same_note(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether rows of both may stand in one output."""
+    """Whether rows with these notes may share an output."""
     return not any(_differences(before, now, ""))
 
 
@@ -138,21 +138,22 @@ def refuse_another_note(
     now: dict[str, Any],
     remedy: str = "or delete this one to start anew",
 ) -> None:
-    """Refuse to mix what was made in different ways in one output.
+    """Refuse to mix rows that were made with different settings in one output.
 
     Args:
         output: where it is.
-        before, now: the notes of what is there and of what would be added.
-        remedy: what a person can do besides giving another output.
+        before, now: the notes of the rows that are there and of those to be added.
+        remedy: what the user can do instead of giving another output.
 
     Raises:
-        JobError: names both sides of every difference. Where a file of weights lies is none,
-            nor is the version of this package: what changes scores is noted by itself.
+        JobError: names both sides of every difference. The path of a weight file and the
+            version of this package do not count: what changes scores is noted separately.
     """
     changed = sorted(_differences(before, now, ""))
     if changed:
         raise JobError(
-            f"{output} was made in another way: {'; '.join(changed)}. Give another output, {remedy}"
+            f"{output} was made with different settings: {'; '.join(changed)}. "
+            f"Give another output, {remedy}"
         )
 
 

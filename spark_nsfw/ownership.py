@@ -14,7 +14,10 @@ from spark_nsfw.errors import InputError, StorageError
 from spark_nsfw.files import delete_empty_directories, delete_files, iter_files
 from spark_nsfw.storage import is_below, resolve
 
-__all__ = ["delete_our_files", "refuse_foreign_entries", "refuse_overlap"]
+__all__ = ["STATE", "delete_our_files", "refuse_foreign_entries", "refuse_overlap"]
+
+#: The directory in an output for what is not data; readers skip names with an underscore.
+STATE = "_spark_nsfw"
 
 
 def refuse_overlap(output: str, places: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "EXTRA_JSON",
     "IMAGE",
     "KEY",
+    "SCHEMA_PARTITION",
     "SHARD",
     "STATUS",
     "Status",
@@ -36,6 +37,11 @@ EXTRA_JSON = "extra_json"
 
 #: L2 norm (float32) of CLIP's projection before it was normalised to the embedding.
 EMBEDDING_NORM = "embedding_norm"
+
+#: The partition that holds no rows. Readers guess the type of partition values: if every
+#: shard's name were a number, they would read ``00000`` as 0. One name that is no number
+#: makes all of them strings, in Spark, pandas, pyarrow and DuckDB alike.
+SCHEMA_PARTITION = "__schema__"
 
 #: Names that a shard's own columns may not take; theirs get the prefix ``source_``.
 CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)

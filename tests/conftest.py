@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import uuid
 from pathlib import Path
 
 import pytest
 import torch
-from faulty_proxy import Bucket, FaultyProxy, S3Server
+from faulty_proxy import FaultyProxy
 from torch import nn
 
 from examples.photographs import (
@@ -79,6 +78,8 @@ def spark(weights_cache):
 @pytest.fixture(scope="session")
 def s3_server():
     pytest.importorskip("moto")
+    from object_store import S3Server
+
     with S3Server() as server:
         yield server
 
@@ -86,13 +87,13 @@ def s3_server():
 @pytest.fixture
 def s3(s3_server, monkeypatch):
     """An empty bucket of a real S3 server, behind a proxy that breaks down on request."""
-    name = f"bucket-{uuid.uuid4()}"
-    s3_server.create_bucket(name)
+    from object_store import Bucket
+
     with FaultyProxy(s3_server.url) as proxy:
         for variable, value in s3_server.environment(proxy.url).items():
             monkeypatch.setenv(variable, value)
         storage_module._filesystem.cache_clear()
-        yield Bucket(f"s3://{name}", proxy)
+        yield Bucket(s3_server, proxy)
     storage_module._filesystem.cache_clear()
 
 

@@ -1,9 +1,8 @@
-"""An HTTP proxy that breaks down on request, and an S3 server to put it before."""
+"""An HTTP proxy that breaks down on request."""
 
 from __future__ import annotations
 
 import http.client
-import logging
 import re
 import socket
 import threading
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Bucket", "Fault", "FaultyProxy", "S3Server"]
+__all__ = ["Fault", "FaultyProxy"]
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}
 
@@ -184,53 +182,3 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
-
-
-class S3Server:
-    """moto's S3 in a thread of this process."""
-
-    def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-
-    def __enter__(self) -> Self:
-        self._server.start()
-        host, port = self._server.get_host_and_port()
-        self.url = f"http://{host}:{port}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop()
-
-    def create_bucket(self, name: str) -> None:
-        """Make a bucket, which pyarrow may not."""
-        urlopen(Request(f"{self.url}/{name}", method="PUT")).close()
-
-    def environment(self, url: str | None = None) -> dict[str, str]:
-        """What pyarrow, boto and their like must find in the environment to come here.
-
-        Args:
-            url: a proxy that stands before this server.
-        """
-        return {
-            "AWS_ENDPOINT_URL": url or self.url,
-            "AWS_ACCESS_KEY_ID": "nobody",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-
-
-@dataclass
-class Bucket:
-    """A bucket in S3 that is reached through a proxy.
-
-    Attributes:
-        url: such as ``s3://bucket-1``.
-        proxy: what stands before the server.
-    """
-
-    url: str
-    proxy: FaultyProxy

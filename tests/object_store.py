@@ -1,58 +1,93 @@
 """A real S3 server on this machine, for tests of object stores."""
 
+from __future__ import annotations
+
 import logging
 import uuid
+from typing import TYPE_CHECKING, Any
 
-import pytest
+import boto3
+from faulty_proxy import FaultyProxy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Bucket", "S3Server"]
 
 
-class ObjectStore:
-    """A bucket of its own, seen without pyarrow."""
+class S3Server:
+    """moto's S3 in a thread of this process."""
 
-    def __init__(self, client):
-        self.client = client
-        self.bucket = f"bucket-{uuid.uuid4()}"
-        client.create_bucket(Bucket=self.bucket)
+    def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer
 
-    def put(self, key, content):
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 
-    def delete(self, key):
-        self.client.delete_object(Bucket=self.bucket, Key=key)
+    def __enter__(self) -> Self:
+        self._server.start()
+        host, port = self._server.get_host_and_port()
+        self.url = f"http://{host}:{port}"
+        return self
 
-    def names(self):
-        found = self.client.list_objects_v2(Bucket=self.bucket).get("Contents", [])
-        return [entry["Key"] for entry in found]
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
 
-    def files(self):
-        """Key → content of all but the markers of directories."""
+    def environment(self, url: str | None = None) -> dict[str, str]:
+        """What pyarrow, boto and their like must find in the environment to come here.
+
+        Args:
+            url: a proxy that stands before this server.
+        """
         return {
-            key: self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-            for key in self.names()
-            if not key.endswith("/")
+            "AWS_ENDPOINT_URL": url or self.url,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
         }
 
 
-@pytest.fixture(scope="module")
-def s3_endpoint():
-    server = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+class Bucket:
+    """A new bucket, seen through a proxy by pyarrow, and past it, without pyarrow, by a test.
 
+    Attributes:
+        name: of the bucket.
+        url: such as ``s3://bucket-1``.
+        proxy: what stands before the server.
+    """
 
-@pytest.fixture
-def s3(s3_endpoint, monkeypatch):
-    boto3 = pytest.importorskip("boto3")
-    settings = {
-        "AWS_ENDPOINT_URL": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    return ObjectStore(boto3.client("s3", endpoint_url=s3_endpoint))
+    def __init__(self, server: S3Server, proxy: FaultyProxy) -> None:
+        self.name = f"bucket-{uuid.uuid4()}"
+        self.url = f"s3://{self.name}"
+        self.proxy = proxy
+        settings = server.environment()
+        self._client: Any = boto3.client(
+            "s3",
+            endpoint_url=server.url,
+            aws_access_key_id=settings["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=settings["AWS_SECRET_ACCESS_KEY"],
+            region_name=settings["AWS_DEFAULT_REGION"],
+        )
+        self._client.create_bucket(Bucket=self.name)
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write an object."""
+        self._client.put_object(Bucket=self.name, Key=key, Body=content)
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        self._client.delete_object(Bucket=self.name, Key=key)
+
+    def names(self) -> list[str]:
+        """The keys of all objects, sorted."""
+        found = self._client.list_objects_v2(Bucket=self.name).get("Contents", [])
+        return [entry["Key"] for entry in found]
+
+    def files(self) -> dict[str, bytes]:
+        """Key → content of all objects but the markers of directories."""
+        return {
+            key: self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
+            for key in self.names()
+            if not key.endswith("/")
+        }

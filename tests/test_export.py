@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset.tariterators as reference
-from object_store import s3, s3_endpoint  # noqa: F401
 from pyspark.sql import functions as F
 from scoring import score_into
 from test_ownership import listing, write_files
@@ -257,7 +256,7 @@ def test_a_shard_that_cannot_be_read_now_is_no_damaged_shard(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_a_shard_that_becomes_unreadable_leaves_nothing_in_an_object_store(
     tmp_path,
-    s3,  # noqa: F811
+    s3,
     monkeypatch,
     name,
 ):
@@ -267,8 +266,8 @@ def test_a_shard_that_becomes_unreadable_leaves_nothing_in_an_object_store(
     pq.write_table(selection, tmp_path / "selection.parquet")
     shard = OutputShard("00000", 0, (Piece("s", 0, 1),))
     given = (
-        shard, {"s": f"s3://{s3.bucket}/in/s.tar"}, {"s": [str(tmp_path / "selection.parquet")]},
-        f"s3://{s3.bucket}/out", ExportOptions(), {},
+        shard, {"s": f"{s3.url}/in/s.tar"}, {"s": [str(tmp_path / "selection.parquet")]},
+        f"{s3.url}/out", ExportOptions(), {},
     )  # fmt: skip
     copy = tar_writer._TarWriter.copy
 

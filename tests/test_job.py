@@ -15,7 +15,7 @@ import pytest
 from scoring import score_into
 from test_spark import by_identity, collected, core_rows  # noqa: F401  # a fixture
 
-from examples.photographs import write_photograph_shards
+from examples.photographs import write_photograph_shards, write_shard
 from spark_nsfw import NsfwClassifier, SampleOptions, TimmImageEmbedder
 from spark_nsfw.errors import InputError, JobError
 from spark_nsfw.spark.output import ParquetOutput
@@ -48,6 +48,18 @@ def finished(request, spark, shards, detector_path, tmp_path_factory):
 def test_the_rows_are_the_cores(spark, finished, core_rows):  # noqa: F811
     output, *_ = finished
     assert collected(spark.read.parquet(str(output))) == core_rows
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_names_of_own_columns_may_have_signs(spark, embedder, jpegs, tmp_path, plan):
+    values = {"a.b": 1, "a": {"b": 2}, "c`d": 3, "`e`.f": 4}
+    members = [("jpg", jpegs[0]), ("json", json.dumps(values).encode())]
+    write_shard(tmp_path / "in" / "00000.tar", [("x", members)])
+    run(spark, str(tmp_path / "in"), tmp_path / "out", embedder, plan=plan)
+    (row,) = spark.read.parquet(str(tmp_path / "out")).collect()
+    assert {name: row[name] for name in values} == values | {"a": '{"b": 2}'}
+    assert (row["status"], row["extra_json"]) == ("ok", None)
+    assert row["nsfw_score"] is not None
 
 
 def test_pandas_reads_the_same_rows(finished, core_rows):  # noqa: F811
@@ -120,7 +132,7 @@ def test_a_finished_run_started_again_writes_nothing(spark, finished, shards):
     files = files_of(output)
     summary, lines = run(spark, str(shards), output, embedder, plan="fused", shards_per_wave=1)
     assert files_of(output) == files
-    assert lines == ["nothing to do: all 5 shards were scored before"]
+    assert lines == ["nothing to do: 5 shards, all scored before"]
     assert summary.num_new_images == 0
     assert summary.num_by_status == before.num_by_status
 

@@ -93,40 +93,63 @@ def commits(output, algorithm):
     return len(list(output.glob("_temporary/*/task_*")))
 
 
-@pytest.mark.parametrize("algorithm", ["1", "2"])
-def test_a_driver_that_is_killed_after_any_commit_changes_no_row(
-    spark, four_shards, detector_path, tmp_path, monkeypatch, algorithm
-):
-    shards, expected = four_shards
+#: Algorithm and number of commits. Only the last task's commit ends a run, so that it is killed
+#: as soon as that happens; the others wait for each other.
+KILLED_DRIVERS = [
+    [f"{algorithm}-{limit}" for algorithm in (1, 2) for limit in range(4)],
+    ["1-4"],
+    ["2-4"],
+]
 
-    def run_and_kill(limit):
-        calls, output = tmp_path / f"calls{limit}", tmp_path / f"out{limit}"
-        calls.mkdir()
-        script = [sys.executable, kill_driver.__file__, str(shards), str(output), detector_path]
+
+@pytest.fixture(scope="module")
+def killed(four_shards, detector_path, tmp_path_factory):
+    """What runs left whose drivers were killed: for each, its output and its commits."""
+    directory = tmp_path_factory.mktemp("killed")
+
+    def reached(name):
+        algorithm, limit = name.split("-")
+        num_started = len(list((directory / name / "tickets").iterdir()))
+        num_committed = commits(directory / name / "out", algorithm)
+        return num_started == 4 and num_committed == int(limit)
+
+    def run_and_kill(names):
+        for name in names:
+            (directory / name / "tickets").mkdir(parents=True)
+        script = [sys.executable, kill_driver.__file__, str(four_shards[0]), str(directory)]
         process = subprocess.Popen(
-            [*script, str(calls), str(limit), algorithm],
+            [*script, detector_path, *names],
             env=environment(), stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            while process.poll() is None and not (
-                len(list(calls.iterdir())) > min(limit, 3) and commits(output, algorithm) == limit
-            ):
+            while process.poll() is None and not all(map(reached, names)):
                 time.sleep(0.005)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return commits(output, algorithm)
 
     with ThreadPoolExecutor(2) as pool:
-        reached = list(pool.map(run_and_kill, range(5)))
-    assert reached[:4] == [0, 1, 2, 3]
+        list(pool.map(run_and_kill, KILLED_DRIVERS))
+    return {
+        name: (directory / name / "out", commits(directory / name / "out", name[0]))
+        for names in KILLED_DRIVERS
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["1", "2"])
+def test_a_driver_that_is_killed_after_any_commit_changes_no_row(
+    spark, four_shards, killed, detector_path, monkeypatch, algorithm
+):
+    shards, expected = four_shards
+    assert [killed[f"{algorithm}-{limit}"][1] for limit in range(4)] == [0, 1, 2, 3]
     monkeypatch.setattr(
         "spark_nsfw.spark.output.committer_of", kill_driver.committing_by(algorithm)
     )
     for limit in range(5):
         calm = kill_driver.embedder(detector_path, Gate())
-        output = tmp_path / f"out{limit}"
+        output, _ = killed[f"{algorithm}-{limit}"]
         score_into(spark, str(shards), output, calm, plan="fused", report=lambda _: None)
         assert collected(spark.read.parquet(str(output))) == expected, limit
 

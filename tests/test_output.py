@@ -1,5 +1,6 @@
 """The output is the record: what is planted in it, and who may write and delete there."""
 
+import copy
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from test_job import arguments
 from test_spark import collected
 
 from examples.photographs import write_photograph_shards
+from spark_nsfw import ImageTextPairDataset, read_webdataset
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, JobError, StorageError
 from spark_nsfw.read.paths import ShardInputs
@@ -191,7 +193,7 @@ def test_two_writes_that_were_made_in_different_ways_are_refused(output):
     assert other != table.schema.metadata[key]
     second = file.with_name(f"part-00000-{OTHER_WRITE}.c000.zstd.parquet")
     pq.write_table(table.replace_schema_metadata({key: other}), second)
-    with pytest.raises(JobError, match="shard '00001' has rows of two runs") as refused:
+    with pytest.raises(JobError, match="'00001' has rows of two runs with different") as refused:
         MetadataFiles(str(output)).done()
     assert file.name in str(refused.value)
     assert second.name in str(refused.value)
@@ -225,13 +227,34 @@ def test_a_session_that_cuts_files_cuts_no_unit(spark, inputs, finished, embedde
 def test_many_units_in_one_task_stay_whole_and_in_order(spark, embedder, tmp_path, monkeypatch):
     """More units than a task keeps files open for go to more tasks."""
     monkeypatch.setattr("spark_nsfw.spark.loop._TASKS_PER_SLOT", 0.5)
-    monkeypatch.setattr("spark_nsfw.spark.loop.MAX_UNITS_PER_TASK", 3)
-    monkeypatch.setattr("spark_nsfw.spark.output.MAX_UNITS_PER_TASK", 3)
+    monkeypatch.setattr("spark_nsfw.spark.output._MAX_UNITS_PER_TASK", 3)
     write_photograph_shards(tmp_path / "in", num_shards=9, samples_per_shard=4)
     score(spark, tmp_path / "in", tmp_path / "out", embedder)
     for shard in range(9):
         keys = pq.read_table(data_file(tmp_path / "out", f"0000{shard}"), partitioning=None)["key"]
         assert keys.to_pylist() == [f"0000{shard}000{i}" for i in range(4)]
+
+
+def test_a_dataset_of_many_shards_is_sliced_into_more_tasks(spark, inputs, embedder, monkeypatch):
+    monkeypatch.setattr("spark_nsfw.dataset._TASKS", 2)
+    dataset = ImageTextPairDataset.from_webdataset(str(inputs), spark=spark)
+    assert dataset.metadata.rdd.getNumPartitions() == 2
+    monkeypatch.setattr("spark_nsfw.spark.output._MAX_UNITS_PER_TASK", 1)
+    for rows in (dataset.metadata, embedder(dataset).metadata):
+        assert rows.rdd.getNumPartitions() == 4
+
+
+def test_a_run_lists_its_input_once(spark, inputs, embedder, tmp_path, monkeypatch):
+    listed, list_units = [], ShardInputs.list_units
+    monkeypatch.setattr(
+        ShardInputs, "list_units", lambda given: listed.append(given) or list_units(given)
+    )
+    score(spark, inputs, tmp_path / "out", embedder)
+    assert len(listed) == 1
+    read_webdataset(spark, str(inputs))
+    assert len(listed) == 2
+    assert ImageTextPairDataset.from_webdataset(str(inputs), spark=spark).metadata.columns
+    assert len(listed) == 3
 
 
 # --- Outputs of version 0.1.0 ---------------------------------------------------------
@@ -289,6 +312,50 @@ def test_two_runs_side_by_side_cost_work_and_no_rows(
         thread.join()
     assert errors == []
     assert all_rows(spark, tmp_path / "out") == finished[1]
+
+
+def decoding_exactly(embedder):
+    other = copy.copy(embedder)
+    other.decode = "exact"
+    return other
+
+
+def test_of_two_runs_that_begin_at_once_only_one_begins(
+    spark, inputs, embedder, tmp_path, monkeypatch
+):
+    """One settles the columns while the other, with other options, begins and ends."""
+    schema, output = ShardSource.schema, tmp_path / "out"
+
+    def let_another_begin(source, own=None, units=None):
+        monkeypatch.setattr(ShardSource, "schema", schema)
+        score(spark, inputs, output, decoding_exactly(embedder))
+        return schema(source, own, units)
+
+    monkeypatch.setattr(ShardSource, "schema", let_another_begin)
+    with pytest.raises(JobError, match=r"decode=exact.*, is now .*decode=fast"):
+        score(spark, inputs, output, embedder)
+    assert "decode=exact" in json.dumps(MetadataFiles(str(output)).note())
+    assert len(all_rows(spark, output)) == 12
+
+
+def test_a_run_notices_that_another_has_begun_its_output_anew(
+    spark, inputs, output, embedder, tmp_path
+):
+    score(spark, inputs, tmp_path / "other", decoding_exactly(embedder))
+    for shard in range(4):
+        lose(output, f"0000{shard}")
+    lines = []
+
+    def report(line):
+        lines.append(line)
+        lose(output, "__schema__")
+        shutil.copytree(tmp_path / "other" / "shard=__schema__", output / "shard=__schema__")
+
+    with pytest.raises(JobError, match=r"decode=exact.*, is now .*decode=fast"):
+        score_into(spark, str(inputs), output, embedder, report=report, shards_per_wave=1,
+                   plan="fused")  # fmt: skip
+    assert len(lines) == 1
+    assert MetadataFiles(str(output)).done() == {"00000"}
 
 
 # --- Places that are refused ----------------------------------------------------------
@@ -470,6 +537,24 @@ def test_with_the_cloud_module_stores_commit_in_their_own_way(
     )
     local = committer_of(spark, "/out")
     assert local.options["mapreduce.fileoutputcommitter.algorithm.version"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        ("org.apache.hadoop.fs.s3a.S3AFileSystem", "S3A's magic committer"),
+        ("com.amazon.ws.emr.hadoop.fs.EmrFileSystem", "Hadoop's file committer, algorithm 2"),
+    ],
+)
+def test_s3_on_emr_is_not_always_s3a(spark, monkeypatch, caplog, implementation, name):
+    monkeypatch.setattr("spark_nsfw.spark.committer._has_class", lambda jvm, name: True)
+    spark.conf.set("fs.s3.impl", implementation)
+    try:
+        assert committer_of(spark, "s3://bucket/out").name == name
+        assert committer_of(spark, "s3a://bucket/out").name == "S3A's magic committer"
+    finally:
+        spark.conf.unset("fs.s3.impl")
+    assert caplog.messages == []  # EMRFS copies nothing
 
 
 def test_a_committer_that_may_delete_the_output_is_refused(spark):

@@ -7,7 +7,6 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from object_store import s3, s3_endpoint  # noqa: F401
 
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError, StorageError
@@ -63,10 +62,10 @@ def test_neighbours_do_not_overlap(tmp_path, output):
     refuse_overlap(str(tmp_path / output), [str(tmp_path / "data" / "shards")])
 
 
-def test_an_output_overlaps_on_an_object_store_under_any_of_its_names(s3):  # noqa: F811
+def test_an_output_overlaps_on_an_object_store_under_any_of_its_names(s3):
     with pytest.raises(InputError, match="is in"):
-        refuse_overlap(f"s3://{s3.bucket}/shards/clean", [f"s3a://{s3.bucket}/shards/"])
-    refuse_overlap(f"s3://{s3.bucket}/shards2", [f"s3a://{s3.bucket}/shards/"])
+        refuse_overlap(f"{s3.url}/shards/clean", [f"s3a://{s3.name}/shards/"])
+    refuse_overlap(f"{s3.url}/shards2", [f"s3a://{s3.name}/shards/"])
 
 
 # --- Deleting and writing -------------------------------------------------------------
@@ -82,11 +81,11 @@ def test_only_our_files_are_deleted_and_only_empty_directories(tmp_path):
     delete_our_files(str(tmp_path / "a"), lambda name: True)  # which is gone
 
 
-def test_only_our_objects_are_deleted(s3):  # noqa: F811
+def test_only_our_objects_are_deleted(s3):
     for name in ("x/a/ours", "x/b/ours", "x/b/theirs", "y/a/ours", "z"):
         s3.put(name, b"content")
     for directory in ("x", "y", "none"):
-        delete_our_files(f"s3://{s3.bucket}/{directory}", lambda name: name.endswith("ours"))
+        delete_our_files(f"{s3.url}/{directory}", lambda name: name.endswith("ours"))
     assert [name for name in s3.names() if not name.endswith("/")] == ["x/b/theirs", "z"]
     assert not any(name.startswith("y/") for name in s3.names())
 
@@ -107,22 +106,22 @@ def test_what_cannot_be_written_changes_nothing(tmp_path):
     assert listing(tmp_path) == before
 
 
-def test_an_object_is_replaced_whole(s3):  # noqa: F811
+def test_an_object_is_replaced_whole(s3):
     for content in (b"old", b"new"):
-        write_file(f"s3://{s3.bucket}/dir/file", content)
+        write_file(f"{s3.url}/dir/file", content)
     assert s3.files() == {"dir/file": b"new"}
 
 
-def test_an_exception_publishes_nothing_on_an_object_store(s3):  # noqa: F811
+def test_an_exception_publishes_nothing_on_an_object_store(s3):
     s3.put("out/00000.tar", b"what was there")
     with (
         pytest.raises(RuntimeError),
-        new_file(f"s3://{s3.bucket}/out/00000.tar", f"s3://{s3.bucket}/out") as file,
+        new_file(f"{s3.url}/out/00000.tar", f"{s3.url}/out") as file,
     ):
         file.write(b"half")
         raise RuntimeError
     assert s3.files() == {"out/00000.tar": b"what was there"}
-    with new_file(f"s3://{s3.bucket}/out/00000.tar", f"s3://{s3.bucket}/out") as file:
+    with new_file(f"{s3.url}/out/00000.tar", f"{s3.url}/out") as file:
         file.write(b"whole")
     assert s3.files() == {"out/00000.tar": b"whole"}
 

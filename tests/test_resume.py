@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import dataclass
 
+import kill_driver
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -21,11 +23,14 @@ from test_spark import collected
 from examples.photographs import encode, write_photograph_shards, write_shard
 from spark_nsfw import AestheticClassifier, ImageClassifier, TimmImageEmbedder
 from spark_nsfw.cli import main
-from spark_nsfw.errors import InputError, JobError, JobStoppedError
+from spark_nsfw.errors import InputError, JobError, JobStoppedError, StorageError
 from spark_nsfw.files import write_file
 from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.read.source import Unit
-from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
+from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.waves import Crashes, ReadFailures, WaveSizes, reason, write_apart
 from spark_nsfw.use.metadata import MetadataFiles
 
 
@@ -62,7 +67,7 @@ def test_a_stopped_run_goes_on_where_it_was(spark, inputs, undisturbed, embedder
             stop.set()
 
     output = tmp_path / "out"
-    with pytest.raises(JobStoppedError, match="the same command goes on from there"):
+    with pytest.raises(JobStoppedError, match="run the same command again to continue"):
         run_reporting(spark, inputs, output, embedder, report, stop)
     assert len(lines) == 2
     again = []
@@ -92,8 +97,8 @@ def test_a_shard_that_vanishes_is_told_and_scored_once_it_is_back(
     assert {shard for shard, _ in rows} == {"00000", "00001", "00003"}
     assert sorted(key for shard, key in rows if shard == "00003") == ["000000000", "000000001"]
     assert (summary.num_shards, summary.num_samples) == (3, 8)
-    (told,) = (line for line in lines if "disappeared during the run" in line)
-    assert told.startswith("1 shards disappeared")
+    (told,) = (line for line in lines if "disappeared before being scored" in line)
+    assert told.startswith("1 shard disappeared")
     assert "00002.tar" in told
     (tmp_path / "00002.tar").rename(inputs / "00002.tar")
     run_reporting(spark, inputs, tmp_path / "out", embedder, lines.append)
@@ -126,6 +131,44 @@ def test_a_shard_that_cannot_be_read_now_stops_the_run_and_gets_no_row(
     assert rows_of(spark, output) == undisturbed
 
 
+@dataclass(frozen=True)
+class Forbidding(ShardSource):
+    """Some of its shards cannot be read now."""
+
+    forbidden: tuple[str, ...] = ()
+
+    def read(self, unit, schema):
+        if unit.name in self.forbidden:
+            raise StorageError(f"{unit.place} cannot be read now")
+        return super().read(unit, schema)
+
+
+@pytest.mark.parametrize("algorithm", ["1", "2"])
+def test_an_unreadable_shard_keeps_no_other_of_its_wave_unpublished(
+    spark, inputs, undisturbed, embedder, tmp_path, monkeypatch, algorithm
+):
+    """Algorithm 1 publishes at the end of a write, as the stores' own committers do."""
+    monkeypatch.setattr(
+        "spark_nsfw.spark.output.committer_of", kill_driver.committing_by(algorithm)
+    )
+    source = Forbidding(ShardInputs.parse(str(inputs)), forbidden=("00002",))
+    recipe, options = Recipe.of(embedder), JobOptions("fused", shards_per_wave=4)
+    output, lines = str(tmp_path / "out"), []
+    cloudpickle.register_pickle_by_value(test_resume)
+    try:
+        for _ in range(2):
+            with pytest.raises(JobError, match=r"again to resume: .*/00002\.tar cannot be read"):
+                run_job(spark, source, recipe, output, options, lines.append)
+            kept = {i: row for i, row in undisturbed.items() if i[0] != "00002"}
+            assert rows_of(spark, output) == kept
+    finally:
+        cloudpickle.unregister_pickle_by_value(test_resume)
+    (told,) = lines
+    assert told.startswith("wave 1: 3 of 4 shards done; this run: 9 images scored")
+    run_reporting(spark, inputs, output, embedder, lines.append)
+    assert rows_of(spark, output) == undisturbed
+
+
 def test_rows_that_somebody_deleted_come_back(spark, inputs, undisturbed, embedder, tmp_path):
     output = tmp_path / "out"
     run_reporting(spark, inputs, output, embedder, lambda _: None)
@@ -144,7 +187,7 @@ def test_nothing_but_the_rows_remembers_what_is_done(
     shutil.rmtree(output / "_spark_nsfw")
     lines = []
     run_reporting(spark, inputs, output, embedder, lines.append)
-    assert lines == ["nothing to do: all 4 shards were scored before"]
+    assert lines == ["nothing to do: 4 shards, all scored before"]
     assert rows_of(spark, output) == undisturbed
 
 
@@ -289,9 +332,62 @@ def test_write_apart_finds_every_shard_that_kills_its_worker(published):
         return [unit for unit in part if unit.name not in written]
 
     crashes = Crashes(lambda unit, error: set_aside.update({unit.name: error}))
-    write_apart(units(*range(11)), write, missing, crashes)
+    write_apart(units(*range(11)), write, missing, crashes, ReadFailures())
     assert sorted(written, key=int) == ["0", "1", "2", "5", "6", "7", "8", "10"]
     assert set_aside == dict.fromkeys(bad, "Python worker exited unexpectedly (crashed)")
+
+
+class Store:
+    """Writes parts whole or not at all, and fails those with a shard that it cannot read."""
+
+    def __init__(self, *unreadable):
+        self.unreadable = set(map(str, unreadable))
+        self.written, self.tries = [], []
+
+    def write(self, part):
+        names = [unit.name for unit in part]
+        self.tries.append(names)
+        bad = [name for name in names if name in self.unreadable]
+        if bad:
+            raise RuntimeError(f"spark_nsfw.errors.StorageError: {bad[0]} cannot be read now")
+        self.written += names
+
+    def write_wave(self, first, last, failures):
+        def missing(part):
+            return [unit for unit in part if unit.name not in self.written]
+
+        crashes = Crashes(lambda *_: pytest.fail("no worker died"))
+        write_apart(units(*range(first, last)), self.write, missing, crashes, failures)
+
+
+@pytest.mark.parametrize("unreadable", range(16))
+def test_an_unreadable_shard_is_found_in_few_tries(unreadable):
+    store, failures = Store(unreadable), ReadFailures()
+    with pytest.raises(RuntimeError, match=f": {unreadable} cannot be read now"):
+        store.write_wave(0, 16, failures)
+    assert sorted(map(int, store.written)) == [n for n in range(16) if n != unreadable]
+    assert len(store.tries) == 1 + 2 * 4  # both halves, four times
+    store.write_wave(16, 32, failures)
+    assert len(store.written) == 31
+
+
+def test_a_shard_in_each_of_two_waves_keeps_no_other_unpublished():
+    store, failures = Store(7, 8), ReadFailures()
+    for first in (0, 8):
+        with pytest.raises(RuntimeError, match="cannot be read now"):
+            store.write_wave(first, first + 8, failures)
+    assert sorted(map(int, store.written)) == [*range(7), *range(9, 16)]
+
+
+def test_a_store_that_cannot_be_read_is_tried_a_few_times_only():
+    store, failures = Store(*range(1000)), ReadFailures()
+    with pytest.raises(RuntimeError, match=": 64 cannot be read now"):
+        store.write_wave(0, 128, failures)
+    assert [len(part) for part in store.tries] == [128, 64, 64]
+    with pytest.raises(RuntimeError, match=": 128 cannot be read now"):
+        store.write_wave(128, 256, failures)
+    assert [len(part) for part in store.tries] == [128, 64, 64, 128]
+    assert store.written == []
 
 
 def test_one_shard_that_lives_clears_the_cluster_and_convicts_the_others():
@@ -302,7 +398,7 @@ def test_one_shard_that_lives_clears_the_cluster_and_convicts_the_others():
     set_aside = []
     crashes = Crashes(lambda unit, _: set_aside.append(unit.name))
     for shard, convicted in [("a", ""), ("b", ""), ("c", "ab"), ("d", "abd"), ("e", "abde")]:
-        write_apart(units(shard), write, list, crashes)
+        write_apart(units(shard), write, list, crashes, ReadFailures())
         assert set_aside == list(convicted)
 
 
@@ -444,15 +540,21 @@ def test_a_watch_that_is_stopped_with_shards_left_says_so(spark, inputs, embedde
 
 
 def test_waiting_for_the_first_shard_ends_when_stopped_or_when_it_is_in_vain(
-    spark, inputs, embedder, tmp_path
+    spark, inputs, embedder, tmp_path, monkeypatch
 ):
     (tmp_path / "empty").mkdir()
-    stop = threading.Event()
+    listed, list_units = [], ShardInputs.list_units
+    monkeypatch.setattr(
+        ShardInputs, "list_units", lambda given: listed.append(given) or list_units(given)
+    )
+    stop, began = threading.Event(), time.monotonic()
     threading.Timer(2, stop.set).start()
     with pytest.raises(JobStoppedError, match="stopped while waiting for the first shard"):
         run_reporting(
             spark, tmp_path / "empty", tmp_path / "out", embedder, print, stop, watch=True
         )
+    assert len(listed) == 1
+    assert time.monotonic() - began < 4  # and not a whole pause between two looks
     write_photograph_shards(tmp_path / "other", num_shards=1, samples_per_shard=2)
     both = ShardInputs.parse([str(inputs), str(tmp_path / "other")])
     stop = threading.Event()
@@ -543,7 +645,7 @@ def test_an_output_is_known_without_success_files(spark, inputs, tmp_path, detec
         assert score(inputs, output, detector_path) == 0
         assert not list(output.rglob("_SUCCESS"))
         assert score(inputs, output, detector_path, "--decode=exact") == 1
-        assert "was made in another way" in capsys.readouterr().err
+        assert "was made with different settings" in capsys.readouterr().err
         assert score(inputs, output, detector_path, "--decode=exact", "--overwrite", "--yes") == 0
     finally:
         spark.conf.unset(option)

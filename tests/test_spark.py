@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.note import inspect_output
 from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.cluster import reader_workers
 from spark_nsfw.spark.worker import choose_device, recipe_identity, worker_scorer
 
 
@@ -107,6 +109,17 @@ def test_names_with_blanks_and_signs(spark, tmp_path):
     assert {(r.shard, r.status) for r in rows} == {
         (f"{name}/00000", "ok") for name in ["a b", "50%", "ü", "x=1"]
     }
+
+
+def test_only_workers_that_score_import_torch(spark):
+    def tell(batches):
+        for _ in batches:
+            yield pa.RecordBatch.from_pydict({"torch": ["torch" in sys.modules]})
+
+    with reader_workers(spark):
+        read = spark.range(1, numPartitions=1).mapInArrow(tell, "torch boolean")
+    score = spark.range(1, numPartitions=1).mapInArrow(tell, "torch boolean")
+    assert [rows.collect()[0].torch for rows in (read, score)] == [False, True]
 
 
 def test_the_dataframe_plan_gives_the_cores_rows(spark, shards, embedder, core_rows):

@@ -26,6 +26,7 @@ from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.source import Unit
 from spark_nsfw.read.tar import iter_samples
 from spark_nsfw.storage import ignores_case, is_below, open_input
+from spark_nsfw.use.metadata import MetadataFiles
 
 MIB = 1 << 20
 KEYS = [f"{i:02}" for i in range(20)]
@@ -165,7 +166,8 @@ def test_another_try_takes_the_credentials_of_now(s3, tmp_path, monkeypatch):
     pauses = []
 
     def renew(seconds):
-        pauses.append(seconds)
+        if threading.current_thread() is threading.main_thread():  # others sleep, too
+            pauses.append(seconds)
         credentials.write_text(text.format("FRESH"))
 
     monkeypatch.setattr(storage.time, "sleep", renew)
@@ -408,6 +410,33 @@ def test_files_are_listed_hidden_ones_too(root):
 def test_a_directory_can_be_skipped(root):
     plant(root)
     assert not [n for n in names_in(root, skip=lambda name: "_h" in name) if n.startswith("_h")]
+
+
+class Hdfs:
+    """A local directory that lists as HDFS does and remembers what was listed."""
+
+    type_name = "hdfs"
+
+    def __init__(self):
+        self.listed = []
+
+    def get_file_info(self, selector):
+        assert not selector.recursive
+        self.listed.append(selector.base_dir)
+        return fs.LocalFileSystem().get_file_info(selector)
+
+
+def test_hdfs_is_listed_without_what_is_skipped(tmp_path, monkeypatch):
+    hdfs = Hdfs()
+    monkeypatch.setattr("spark_nsfw.files.resolve", lambda url: (hdfs, url))
+    names = ["_temporary/1/shard=a/part-0.parquet", "shard=b/part-0.parquet", ".hidden"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("content")
+    assert MetadataFiles(str(tmp_path)).done() == {"b"}
+    assert hdfs.listed == [str(tmp_path), f"{tmp_path}/shard=b"]
+    assert names_in(str(tmp_path)) == sorted(names)
+    assert names_in(f"{tmp_path}/none") == []
 
 
 def test_files_are_deleted_and_gone_ones_are_fine(root):

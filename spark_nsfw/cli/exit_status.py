@@ -34,8 +34,8 @@ def status_of(summary: Summary, max_failed: float | int | None = None) -> int:
         return ExitStatus.TOO_MANY_FAILED
     if summary.num_crashed_shards:
         print(
-            f"spark-nsfw: {summary.num_crashed_shards:,} shards were set aside: every worker that "
-            "read them died; see the rows with status shard_crashed",
+            f"spark-nsfw: set aside {counted(summary.num_crashed_shards, 'shard')} that killed "
+            "every worker; see the rows with status shard_crashed",
             file=sys.stderr,
         )
         return ExitStatus.TOO_MANY_FAILED

@@ -22,6 +22,7 @@ from spark_nsfw.schema import (
     ERROR_MESSAGE,
     IMAGE,
     KEY,
+    SCHEMA_PARTITION,
     SHARD,
     STATUS,
     Status,
@@ -33,9 +34,6 @@ __all__ = ["EmbeddingSource"]
 
 #: Rows in an Arrow batch: 6 MiB of embeddings of width 768. More fall out of a core's cache.
 _BATCH_ROWS = 2048
-
-#: The partition of ours that has columns, but no rows.
-_SCHEMA_PARTITION = "__schema__"
 
 
 @dataclass(frozen=True)
@@ -150,12 +148,14 @@ class EmbeddingSource:
                     f"{other.place} and {unit.place} would both be shard {unit.name!r}: "
                     "classify them in two runs"
                 )
-        units.pop(_SCHEMA_PARTITION, None)
+        units.pop(SCHEMA_PARTITION, None)
         if not units:
             raise NothingToReadError(f"{self.metadata}: there are no Parquet files with rows")
         return sorted(units.values(), key=lambda unit: unit.name)
 
-    def schema(self, own: Sequence[pa.Field] | None = None) -> pa.Schema:
+    def schema(
+        self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
+    ) -> pa.Schema:
         """The columns of its rows, without the embedding."""
         schema = sample_schema(passthrough=self.own if own is None else own)
         return schema.remove(schema.get_field_index(IMAGE))

@@ -12,7 +12,7 @@ from functools import cached_property
 from pyarrow.fs import FileType
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
-from spark_nsfw.files import iter_files
+from spark_nsfw.files import is_hidden, iter_files
 from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
 from spark_nsfw.storage import hadoop_path, is_below, path_below, resolve
@@ -209,17 +209,9 @@ def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[tuple[st
     """
 
     def skip(name: str) -> bool:
-        return _is_hidden(name) or not (wanted is None or wanted.may_match_below(name))
+        return is_hidden(name) or not (wanted is None or wanted.may_match_below(name))
 
     for entry in iter_files(url, skip=skip, follow_links=True):
         directory, _, base = entry.name.rpartition("/")
-        if base.endswith(".tar") and base[0] not in "._" and not _is_hidden(directory):
+        if base.endswith(".tar") and base[0] not in "._" and not is_hidden(directory):
             yield entry.name, entry.modified_seconds
-
-
-def _is_hidden(directory: str) -> bool:
-    """As Spark has it: ``_x`` and ``.x`` are hidden, partitions such as ``_x=1`` are not."""
-    return any(
-        part.startswith(".") or (part.startswith("_") and "=" not in part)
-        for part in directory.split("/")
-    )

@@ -214,10 +214,16 @@ class ShardSource:
         """
         return self.inputs.list_units()
 
-    def schema(self, own: Sequence[pa.Field] | None = None) -> pa.Schema:
+    def schema(
+        self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
+    ) -> pa.Schema:
         """The columns of its rows, without the image.
 
-        Shards that are empty or damaged have no columns of their own; the first few are tried.
+        Empty and damaged shards have no columns of their own, so the first few are tried.
+
+        Args:
+            own: the dataset's own columns, if they are known.
+            units: the shards, if they have been listed already.
 
         Raises:
             InputError: a column that was asked for is not there, or no sidecar can be used.
@@ -225,7 +231,8 @@ class ShardSource:
         if own is None and self.columns is not None and not self.columns:
             own = ()
         if own is None:
-            shards = [unit.place for unit in self.units()[:SHARDS_FOR_COLUMNS]]
+            listed = self.units() if units is None else units
+            shards = [unit.place for unit in listed[:SHARDS_FOR_COLUMNS]]
             try:
                 own = infer_from_first(
                     shards, self.options.id_col, self.columns, self.options.captions

@@ -59,12 +59,15 @@ class Source(Protocol):
         """
         ...
 
-    def schema(self, own: Sequence[pa.Field] | None = None) -> pa.Schema:
+    def schema(
+        self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
+    ) -> pa.Schema:
         """The columns of its rows, without what they are scored by.
 
         Args:
             own: the dataset's own columns as an earlier run settled them; None looks into
                 the first units that have any.
+            units: of the source, if they have been listed already.
 
         Raises:
             InputError: a column that was asked for is not there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,12 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-__all__ = ["num_executors", "num_slots", "reader_workers"]
+__all__ = ["is_reader", "num_executors", "num_slots", "reader_workers"]
 
 #: Slots where nobody tells how many there are, as through Spark Connect.
 _SLOTS_UNKNOWN = 16
 
-_ROLE_VARIABLE = "SPARK_NSFW_ROLE"
+_ROLE_VARIABLE, _READER = "SPARK_NSFW_ROLE", "reader"
 
 #: The environment is the context's, and threads share that.
 _lock = threading.RLock()
@@ -58,8 +59,13 @@ def reader_workers(spark: SparkSession) -> Iterator[None]:
         yield
         return
     with _lock:
-        context.environment[_ROLE_VARIABLE] = "reader"
+        context.environment[_ROLE_VARIABLE] = _READER
         try:
             yield
         finally:
             del context.environment[_ROLE_VARIABLE]
+
+
+def is_reader() -> bool:
+    """Whether this process is a Python worker of `reader_workers`, or starts such workers."""
+    return os.environ.get(_ROLE_VARIABLE) == _READER

@@ -30,6 +30,8 @@ _CLOUD_SETTINGS = {
     "spark.sql.parquet.output.committer.class": f"{_CLOUD}.BindingParquetOutputCommitter",
 }
 
+_S3A = "org.apache.hadoop.fs.s3a.S3AFileSystem"
+
 #: Of every write, whatever the store: no file of a unit is cut in two; `_temporary` of other
 #: runs is left alone; and no file says that all is done, since nobody reads it.
 _ALWAYS = {
@@ -73,17 +75,22 @@ def committer_of(spark: SparkSession, output: str) -> Committer:
     """
     scheme = output.partition(":")[0] if ":" in output.partition("/")[0] else "file"
     jvm: Any = getattr(spark, "_jvm", None) if hasattr(spark, "_jsparkSession") else None
-    if jvm is not None and scheme in ("s3a", "s3"):
-        hadoop: Any = spark._jsparkSession.sessionState().newHadoopConf()
-        if hadoop.get("fs.s3a.committer.staging.conflict-mode") == "replace" and hadoop.get(
-            "fs.s3a.committer.name"
-        ) in ("directory", "partitioned"):
-            raise InputError(
-                "fs.s3a.committer.staging.conflict-mode is 'replace', which can delete the whole "
-                "output: set it to 'append', or leave fs.s3a.committer.name to spark-nsfw"
-            )
+    hadoop: Any = jvm and spark._jsparkSession.sessionState().newHadoopConf()
+    # On EMR s3:// may be EMRFS, which has a committer of its own and publishes as tasks end.
+    is_emrfs = scheme == "s3" and jvm is not None and hadoop.get("fs.s3.impl") not in (None, _S3A)
+    is_s3a = scheme in ("s3a", "s3") and not is_emrfs
+    if (
+        jvm is not None
+        and is_s3a
+        and hadoop.get("fs.s3a.committer.staging.conflict-mode") == "replace"
+        and hadoop.get("fs.s3a.committer.name") in ("directory", "partitioned")
+    ):
+        raise InputError(
+            "fs.s3a.committer.staging.conflict-mode is 'replace', which can delete the whole "
+            "output: set it to 'append', or leave fs.s3a.committer.name to spark-nsfw"
+        )
     has_cloud = jvm is not None and _has_class(jvm, _CLOUD_SETTINGS[_PROTOCOL])
-    if scheme in ("s3a", "s3") and has_cloud:
+    if is_s3a and has_cloud:
         return Committer(
             "S3A's magic committer",
             _CLOUD_SETTINGS,
@@ -103,10 +110,10 @@ def committer_of(spark: SparkSession, output: str) -> Committer:
             _CLOUD_SETTINGS,
             _ALWAYS | {f"{_FACTORY}.{scheme}": _MANIFEST_FACTORIES[scheme]},
         )
-    if scheme in ("s3a", "s3", "gs", "abfs", "abfss") and jvm is not None:
+    if jvm is not None and (is_s3a or scheme in _MANIFEST_FACTORIES):
         _log.warning(
-            "spark-hadoop-cloud is not on the class path: %s is written by copying every file; "
-            "add it to spark.jars.packages",
+            "spark-hadoop-cloud is not on the class path: Spark will copy every file to commit "
+            "it to %s; add spark-hadoop-cloud to spark.jars.packages",
             output,
         )
     settings = {}

@@ -47,6 +47,7 @@ from spark_nsfw.use.export_output import (
     write_plan,
 )
 from spark_nsfw.use.regroup import ExportOptions, OutputShard, Piece, plan_shards
+from spark_nsfw.use.summary import counted
 from spark_nsfw.use.tar_writer import KEPT, write_output_shard
 
 __all__ = ["ExportSummary", "export_metadata", "export_rows", "plan_digest"]
@@ -89,8 +90,8 @@ class ExportSummary:
         of_samples = sum(n for s, n in self.num_rows.items() if not Status(s).is_shard_level)
         rejected = self.num_rows.get(Status.OK, 0) - self.num_selected.get(Status.OK, 0)
         lines = [
-            f"{self.num_samples:,} of {of_samples:,} samples in {self.num_shards:,} shards, "
-            f"{self.num_bytes / 1e6:,.1f} MB",
+            f"{self.num_samples:,} of {of_samples:,} samples in "
+            f"{counted(self.num_shards, 'shard')}, {self.num_bytes / 1e6:,.1f} MB",
             f"  {'not selected':<20} {rejected:>12,}",
         ]
         for status, count in sorted(self.num_rows.items(), key=lambda item: -item[1]):
@@ -101,7 +102,8 @@ class ExportSummary:
             lines.append(f"  {'could not be copied':<20} {self.num_missing:>12,}")
             lines += [f"WARNING   {problem}" for problem in self.problems[:10]]
             if len(self.problems) > 10:
-                lines.append(f"WARNING   and {len(self.problems) - 10:,} more such problems")
+                more = counted(len(self.problems) - 10, "more such problem")
+                lines.append(f"WARNING   and {more}")
         if not any(self.num_selected.values()):
             lines.append("WARNING   no sample was selected: no shard is written")
         return "\n".join([*lines, f"output    {self.output}"])
@@ -137,7 +139,7 @@ def export_metadata(
 
     Raises:
         InputError: arguments that cannot work. Nothing was written.
-        JobError: the output was made in another way, or the run failed.
+        JobError: the output was made with different settings, or the run failed.
     """
     metadata = absolute(metadata)
     refuse_export(metadata, output, inputs, allow_moved=allow_moved)
@@ -197,7 +199,7 @@ def export_rows(
 
     Raises:
         InputError: arguments that cannot work.
-        JobError: the output was made in another way, or the run failed.
+        JobError: the output was made with different settings, or the run failed.
     """
     spark, options = rows.sparkSession, options or ExportOptions()
     output = absolute(output)
@@ -246,8 +248,8 @@ def _shards_of(
     unknown = sorted(plan["num_selected_by_shard"].keys() - url_of.keys())
     if unknown:
         raise InputError(
-            f"{len(unknown):,} of the shards are not below {', '.join(inputs.roots)}, such as "
-            f"{unknown[0]}: give the input that was scored"
+            f"cannot find {counted(len(unknown), 'shard')} of the metadata below "
+            f"{', '.join(inputs.roots)}, such as {unknown[0]}: give the input that was scored"
         )
     return plan_shards(plan["num_selected_by_shard"], options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,17 +14,21 @@ from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import JobError, JobStoppedError, NothingToReadError
 from spark_nsfw.files import write_text
-from spark_nsfw.note import PROVENANCE, merged_note, refuse_another_note
+from spark_nsfw.note import merged_note
+from spark_nsfw.ownership import STATE
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import (
     CAPTION,
     CONTRACT_COLUMNS,
     EMBEDDING_NORM,
     EXTRA_JSON,
+    SCHEMA_PARTITION,
+    SHARD,
     metadata_schema,
 )
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.spark.loop import STOP_POLL_SECONDS, JobOptions, Run
+from spark_nsfw.spark.loop import WATCH_SECONDS, JobOptions, Run
+from spark_nsfw.spark.mixing import made_columns, refuse_mixing
 from spark_nsfw.spark.output import Output, ParquetOutput, noted_schema
 from spark_nsfw.spark.progress import Progress
 from spark_nsfw.spark.session import session_settings
@@ -33,13 +36,10 @@ from spark_nsfw.spark.summary import summarize
 from spark_nsfw.spark.types import arrow_schema, spark_schema
 from spark_nsfw.spark.waves import as_job_error
 from spark_nsfw.spark.worker import device_kind
-from spark_nsfw.use.metadata import STATE, refuse_names, refuse_place
-from spark_nsfw.use.summary import Summary
+from spark_nsfw.use.metadata import refuse_names, refuse_place
+from spark_nsfw.use.summary import Summary, counted
 
 __all__ = ["JobOptions", "run_job", "write_units"]
-
-#: What of the note has to stay as it is, whatever is allowed to change.
-_NEVER_MIXED = ("rows", "inputs")
 
 _SETTINGS = {
     # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
@@ -66,25 +66,25 @@ def run_job(
         recipe: what to compute.
         output: directory of the Parquet metadata, a path or URL that Spark writes to.
         options: how the run goes.
-        report: is given lines of progress; by default they go to stderr.
-        stop: when set, the run ends; what is not written then is left to the next run.
+        report: takes lines of progress; by default they go to stderr.
+        stop: set it to end the run; the next run scores what is not written by then.
 
     Returns:
         What the whole output holds, earlier runs included. The same is written as JSON to
         ``_spark_nsfw/summary.json`` in the output.
 
     Raises:
-        InputError: nothing to read, arguments that cannot work, or an output that is no
-            place to write to.
+        InputError: nothing to read, invalid arguments, or an output that must not be
+            written to.
         JobError: the output was made with other weights or columns, or from inputs of
-            another root, or Spark failed.
+            another root; or Spark failed.
         JobStoppedError: ``stop`` was set before all units were done.
     """
     place = ParquetOutput(spark, output)
     refuse_place(place.url, source)
     run = write_units(spark, source, recipe, place, options, report, stop)
     seconds = run.progress.seconds
-    with session_settings(spark, _SETTINGS), as_job_error(f"{place.url} cannot be summed up"):
+    with session_settings(spark, _SETTINGS), as_job_error(f"cannot summarize {place.url}"):
         summary = replace(
             summarize(place.rows(), place.url, recipe.score_columns, len(place.done())),
             provenance=run.note,
@@ -104,7 +104,7 @@ def write_units(
     report: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Run:
-    """The loop itself: as `run_job`, into any output, which is not looked at afterwards."""
+    """The loop itself: `run_job` into any output, without the summary."""
     options, stop = options or JobOptions(), stop or threading.Event()
     units = _first_units(source, options, stop)
     refuse_names(units, output.url)
@@ -122,7 +122,7 @@ def write_units(
         finally:
             run.progress.finish()
     if not run.progress.num_waves:
-        run.progress.say(f"nothing to do: all {len(units):,} shards were scored before")
+        run.progress.say(f"nothing to do: {counted(len(units), 'shard')}, all scored before")
     return run
 
 
@@ -139,7 +139,7 @@ def _first_units(source: Source, options: JobOptions, stop: threading.Event) -> 
         except NothingToReadError as exc:
             if not options.watch:
                 raise
-            if stop.wait(STOP_POLL_SECONDS):
+            if stop.wait(WATCH_SECONDS):
                 raise JobStoppedError("stopped while waiting for the first shard") from exc
 
 
@@ -153,26 +153,26 @@ def _begin(
     units: Sequence[Unit],
     report: Callable[[str], None] | None,
 ) -> Run:
-    """Begin an output, or go on with it.
+    """Begin an output, or continue it.
 
     Raises:
-        JobError: it was begun in another way, or cannot be written.
+        JobError: it was begun with different settings, or cannot be written.
     """
     note = merged_note(recipe.describe(), source.describe())
+    if output.schema() is None:
+        if output.done():
+            raise JobError(
+                f"{output.url} has rows, but not the partition {SHARD}={SCHEMA_PARTITION} that "
+                "says what made them: --overwrite deletes them and starts anew"
+            )
+        columns = spark_schema(metadata_schema(source.schema(units=units), recipe.result_fields))
+        if output.schema() is None:  # another run may have begun it while this one read shards
+            output.begin(noted_schema(columns, recipe.result_columns, note), note)
     existing = output.schema()
-    if existing is None and output.done():
-        raise JobError(
-            f"{output.url} has rows, but not the partition shard=__schema__ that says what made "
-            "them: --overwrite deletes them and starts anew"
-        )
-    if existing is not None and EMBEDDING_NORM not in existing.names:
+    if existing is not None and EMBEDDING_NORM not in made_columns(existing):
         recipe = replace(recipe, keep_norms=False)  # older outputs do not have it
-    if existing is None:
-        columns = spark_schema(metadata_schema(source.schema(), recipe.result_fields))
-        output.begin(noted_schema(columns, recipe.result_columns, note), note)
-        existing = output.schema()  # that of another run, if two have begun at once
-        assert existing is not None
-    _refuse_another_output(output, existing, recipe, note, options.allow_changes)
+    refuse_mixing(output, recipe, note, options.allow_changes)
+    assert existing is not None
     schema = source.schema(_own_columns(existing, recipe, note))
     progress = Progress((unit.name for unit in units), style=options.progress, report=report)
     return Run(spark, source, recipe, output, options, stop, note, schema, progress)
@@ -184,39 +184,3 @@ def _own_columns(existing: StructType, recipe: Recipe, note: dict[str, Any]) -> 
     if note["rows"].get("captions"):
         ours.add(CAPTION)
     return [field for field in arrow_schema(existing) if field.name not in ours]
-
-
-def _refuse_another_output(
-    output: Output,
-    existing: StructType,
-    recipe: Recipe,
-    now: dict[str, Any],
-    allow_changes: bool,
-) -> None:
-    """Refuse to mix rows that were made in different ways, unless told.
-
-    Columns never mix. Nor do inputs of different roots: units are named below their root, so
-    that one dataset's would stand for another's, or the same unit come back under another name.
-    """
-    before = output.note() or {}
-    before.setdefault("inputs", now["inputs"])  # notes of older outputs do not have them
-    before["inputs"].setdefault("kind", now["inputs"]["kind"])
-    before, now = _with_one_name_for_s3(before), _with_one_name_for_s3(now)
-    columns = [field.name for field in existing if PROVENANCE in (field.metadata or {})]
-    results = recipe.result_columns
-    refuse_another_note(
-        output.url,
-        {name: before.get(name) for name in _NEVER_MIXED} | {"result_columns": sorted(columns)},
-        {name: now[name] for name in _NEVER_MIXED} | {"result_columns": sorted(results)},
-        "or --overwrite to start anew",
-    )
-    if not allow_changes:
-        remedy = "or --overwrite to start anew, or --allow-changes to mix both"
-        refuse_another_note(output.url, before, now, remedy)
-
-
-def _with_one_name_for_s3(note: dict[str, Any]) -> dict[str, Any]:
-    """A note to compare with another: ``s3://`` and ``s3a://`` are one store."""
-    inputs = note["inputs"]
-    filesystem = re.sub("^s3n?:", "s3a:", inputs.get("filesystem", ""))
-    return note | {"inputs": inputs | {"filesystem": filesystem}}

@@ -39,15 +39,24 @@ from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_schema
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.cluster import num_slots
-from spark_nsfw.spark.output import MAX_UNITS_PER_TASK, Output, with_note
+from spark_nsfw.spark.mixing import refuse_mixing
+from spark_nsfw.spark.output import Output, num_tasks_for, with_note
 from spark_nsfw.spark.plans import PLANS, Plan, metadata_rows
 from spark_nsfw.spark.progress import Progress, ProgressStyle
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.units import StatusCounts
-from spark_nsfw.spark.waves import Crashes, WaveSizes, reason, write_apart
+from spark_nsfw.spark.waves import (
+    Crashes,
+    ReadFailures,
+    WaveSizes,
+    is_read_failure,
+    reason,
+    write_apart,
+)
 from spark_nsfw.use.metadata import refuse_names
+from spark_nsfw.use.summary import counted
 
-__all__ = ["STOP_POLL_SECONDS", "JobOptions", "Run"]
+__all__ = ["WATCH_SECONDS", "JobOptions", "Run"]
 
 #: Tasks that a slot gets in a wave, so that slow units do not queue behind each other.
 _TASKS_PER_SLOT = 8
@@ -55,9 +64,11 @@ _TASKS_PER_SLOT = 8
 #: How often a run scores units whose rows do not turn up.
 _MAX_ROUNDS = 3
 
-#: Seconds between looks for a request to stop, and, at least, for new units.
-STOP_POLL_SECONDS = 0.5
-_WATCH_SECONDS = 5.0
+#: Seconds between looks for a request to stop while Spark works.
+_STOP_POLL_SECONDS = 0.5
+
+#: Seconds between looks for new units, at least.
+WATCH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,11 @@ class Run:
         self.slots = num_slots(self.spark)
         self.sizes = WaveSizes(self.slots, self.options.shards_per_wave)
         self.crashes = Crashes(self._set_aside)
+        self.failures = ReadFailures()
         context = getattr(self.spark, "_sc", None)  # Spark Connect has none, and no counts
         self.counts = None if context is None else context.accumulator(Counter(), StatusCounts())
+        self.counted_before: Counter[str] = Counter()  # the write under way
+        self.unpublished: Counter[str] = Counter()
         self.num_set_aside = 0
 
     def keep_watching(self, units: Sequence[Unit]) -> None:
@@ -123,11 +137,11 @@ class Run:
         Raises:
             JobStoppedError: stopped while there were some left.
         """
-        pause = _WATCH_SECONDS
+        pause = WATCH_SECONDS
         while not self.stop.wait(pause):
             began = time.monotonic()
             units = self._look(units)
-            pause = max(_WATCH_SECONDS, 10 * (time.monotonic() - began))
+            pause = max(WATCH_SECONDS, 10 * (time.monotonic() - began))
             self.write_difference(units)
         if self._missing(self._look(units)):
             raise self._stopped()
@@ -148,21 +162,23 @@ class Run:
                 return
             with self._told():
                 self.crashes.blame_units()  # there are no others by which to tell
+            self._refuse_mixing()
             # That a write returned proves nothing: what counts is what is there.
             missing = self._missing(missing)
             if missing:
                 missing = self._still_there(missing)
         if missing:
             raise JobError(
-                f"{len(missing):,} shards still have no rows after {_MAX_ROUNDS} tries, including "
+                f"{counted(len(missing), 'shard')} without rows after {_MAX_ROUNDS} tries, such as "
                 f"{missing[0].place}: run again to resume"
             )
 
     def _write_waves(self, units: Sequence[Unit]) -> None:
         """Write units wave by wave.
 
-        Where one cannot be read now, the waves after its own are still written, and the run
-        fails in the end; a second such wave tells that it is the store that cannot be read.
+        If a unit cannot be read now, all others of its wave and the waves after it are still
+        written, and the run fails at the end. At a second such wave it fails at once: the
+        store may be down.
         """
         unreadable, position = None, 0
         while position < len(units):
@@ -170,7 +186,7 @@ class Run:
             try:
                 self._write_wave(wave)
             except JobError as exc:
-                if unreadable is not None or StorageError.__name__ not in str(exc):
+                if unreadable is not None or not is_read_failure(exc):
                     raise
                 unreadable = exc
             position += len(wave)
@@ -207,8 +223,8 @@ class Run:
         gone = [unit for unit in missing if unit not in there]
         if gone:
             self.progress.say(
-                f"{len(gone):,} shards disappeared during the run, such as {gone[0].place}, and "
-                "were not scored"
+                f"{counted(len(gone), 'shard')} disappeared before being scored, such as "
+                f"{gone[0].place}"
             )
             self.progress.forget(unit.name for unit in gone)
         return there
@@ -216,17 +232,32 @@ class Run:
     def _write_wave(self, units: Sequence[Unit]) -> None:
         if self.stop.is_set():
             raise self._stopped()
-        began, before = time.monotonic(), self._counted()
-        with self._told():
-            write_apart(units, self._write, self._missing, self.crashes)
+        began, before, names = time.monotonic(), self._counted(), [unit.name for unit in units]
+        try:
+            with self._told():
+                write_apart(units, self._write, self._left, self.crashes, self.failures)
+        except JobError as exc:
+            if is_read_failure(exc):
+                left = {unit.name for unit in self._missing(units)}
+                if len(left) < len(units):
+                    written = [name for name in names if name not in left]
+                    self.progress.add(written, self._counted() - before)
+            raise
         self.sizes.took(len(units), time.monotonic() - began)
-        self.progress.add([unit.name for unit in units], self._counted() - before)
+        self.progress.add(names, self._counted() - before)
 
     def _counted(self) -> Counter[str]:
-        counted = Counter() if self.counts is None else Counter(self.counts.value)
+        rows = Counter() if self.counts is None else Counter(self.counts.value)
         if self.num_set_aside:
-            counted[Status.SHARD_CRASHED.value] += self.num_set_aside
-        return counted
+            rows[Status.SHARD_CRASHED.value] += self.num_set_aside
+        return rows - self.unpublished
+
+    def _left(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those of a failed write that are missing; if all of them are, its rows do not count."""
+        left = self._missing(units)
+        if len(left) == len(units):
+            self.unpublished += self._counted() - self.counted_before
+        return left
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -249,7 +280,7 @@ class Run:
         group, finished = f"spark-nsfw {uuid.uuid4()}", threading.Event()
 
         def cancel() -> None:
-            while not finished.wait(STOP_POLL_SECONDS):
+            while not finished.wait(_STOP_POLL_SECONDS):
                 if self.stop.is_set():
                     context.cancelJobGroup(group)
 
@@ -268,18 +299,24 @@ class Run:
 
     def _stopped(self) -> JobStoppedError:
         return JobStoppedError(
-            f"stopped after {self.progress.num_new_units:,} shards in this run; "
-            "the same command goes on from there"
+            f"stopped after {counted(self.progress.num_new_units, 'shard')} in this run; "
+            "run the same command again to continue"
         )
 
     def _write(self, units: Sequence[Unit]) -> None:
         """Score units and append their rows."""
-        num_tasks = max(_TASKS_PER_SLOT * self.slots, -(-len(units) // MAX_UNITS_PER_TASK))
+        num_tasks = num_tasks_for(len(units), _TASKS_PER_SLOT * self.slots)
         rows = metadata_rows(
             self.spark, units, self.source, self.recipe, self.schema, self.options.plan,
             num_tasks=num_tasks, counts=self.counts,
         )  # fmt: skip
+        self._refuse_mixing()
+        self.counted_before = self._counted()
         self.output.append(with_note(rows, self.recipe.result_columns, self.note))
+
+    def _refuse_mixing(self) -> None:
+        """Notice a run with different settings that began at the same time."""
+        refuse_mixing(self.output, self.recipe, self.note, self.options.allow_changes)
 
     def _set_aside(self, unit: Unit, error: str) -> None:
         """Write one row for a unit that kills its worker."""

@@ -19,13 +19,20 @@ from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.types import arrow_schema
 from spark_nsfw.use.metadata import MetadataFiles
 
-__all__ = ["Output", "ParquetOutput", "noted_schema", "read_note", "with_note"]
+__all__ = [
+    "Output",
+    "ParquetOutput",
+    "noted_schema",
+    "num_tasks_for",
+    "read_note",
+    "with_note",
+]
 
 _log = logging.getLogger(__name__)
 
 #: Writers that a task keeps open, one per shard. Up to this number Spark does not sort
 #: the rows by shard before it writes them, and so leaves them in their unit's order.
-MAX_UNITS_PER_TASK = 64
+_MAX_UNITS_PER_TASK = 64
 
 
 class Output(Protocol):
@@ -75,7 +82,7 @@ class ParquetOutput:
         self.url = self._files.url
         self._spark = spark
         self._committer = committer_of(spark, self.url)
-        _log.info("%s is written by %s", self.url, self._committer.name)
+        _log.info("files are committed to %s by %s", self.url, self._committer.name)
 
     def note(self) -> dict[str, Any] | None:
         """What made its rows, empty if nothing was noted; None if it is not begun."""
@@ -102,7 +109,7 @@ class ParquetOutput:
         """Names of the units whose rows it has; a unit that was written twice has them once.
 
         Raises:
-            JobError: the rows of a unit were made twice, in different ways.
+            JobError: two writes made a unit's rows with different settings.
         """
         return self._files.done()
 
@@ -115,7 +122,7 @@ class ParquetOutput:
         attempt = 1 + secrets.randbelow(2**31 - 2)
         options = self._committer.options | {"mapreduce.job.application.attempt.id": str(attempt)}
         settings = self._committer.settings | {
-            "spark.sql.maxConcurrentOutputFileWriters": str(MAX_UNITS_PER_TASK)
+            "spark.sql.maxConcurrentOutputFileWriters": str(_MAX_UNITS_PER_TASK)
         }
         try:
             with session_settings(self._spark, settings):
@@ -139,6 +146,11 @@ class ParquetOutput:
             InputError: there are other files as well; nothing is deleted.
         """
         self._files.delete()
+
+
+def num_tasks_for(num_units: int, at_least: int) -> int:
+    """Tasks to slice units into, so that each task's units are written in their order."""
+    return max(at_least, -(-num_units // _MAX_UNITS_PER_TASK))
 
 
 def with_note(rows: DataFrame, columns: Iterable[str], note: dict[str, Any]) -> DataFrame:

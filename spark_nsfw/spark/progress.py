@@ -29,7 +29,6 @@ class Progress:
 
     Args:
         units: names of those that the source has.
-        done: of these, done by earlier runs.
         style: ``lines`` tells a line per wave, ``json`` a JSON object per wave; ``auto`` is
             ``lines``, and on a terminal keeps a line about the wave under way below them.
         report: is given the lines; by default they go to stderr.
@@ -38,12 +37,11 @@ class Progress:
     def __init__(
         self,
         units: Iterable[str],
-        done: Iterable[str] = (),
         style: ProgressStyle = "auto",
         report: Callable[[str], None] | None = None,
     ) -> None:
         self.units = set(units)
-        self.done = self.units.intersection(done)
+        self.done: set[str] = set()
         self.num_new_units = 0
         self.num_waves = 0
         self.num_by_status: Counter[str] = Counter()

@@ -52,4 +52,5 @@ def read_webdataset(
         max_image_bytes=max_image_bytes,
     )
     source = ShardSource(ShardInputs.parse(path), options, columns)
-    return sample_rows(spark, source.units(), source, source.schema())
+    units = source.units()
+    return sample_rows(spark, units, source, source.schema(units=units))

@@ -11,8 +11,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.schema import ERROR_MESSAGE, KEY, SHARD, STATUS
+from spark_nsfw.schema import ERROR_MESSAGE, KEY, SCHEMA_PARTITION, SHARD, STATUS
 from spark_nsfw.spark.output import ParquetOutput
+from spark_nsfw.spark.types import quoted
 from spark_nsfw.use.export_output import selection_directory
 from spark_nsfw.use.regroup import ExportOptions
 from spark_nsfw.use.tar_writer import KEPT, SOURCE_SHARD
@@ -39,7 +40,7 @@ def kept_columns(
     if rows.schema[SHARD].dataType.simpleString() != "string":
         raise InputError(
             "the metadata's shard names were read as numbers, because its partition "
-            "shard=__schema__ is missing"
+            f"{SHARD}={SCHEMA_PARTITION} is missing"
         )
     unknown = [name for name in columns or () if name not in rows.columns]
     if unknown:
@@ -69,9 +70,9 @@ def freeze(rows: DataFrame, output: str, request: dict[str, Any]) -> dict[str, A
     # Rows that are not kept go along, with nothing but their status, to be counted where they
     # are written: RAPIDS cannot plan a query that counts them with `observe`.
     columns = [
-        F.col(f"`{name}`")
+        F.col(quoted(name))
         if name in (SHARD, STATUS)
-        else F.when(F.col(KEPT), F.col(f"`{name}`")).alias(name)
+        else F.when(F.col(KEPT), F.col(quoted(name))).alias(name)
         for name in request["columns"]
     ]
     frozen = rows.select(*columns, KEPT)

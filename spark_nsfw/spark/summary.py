@@ -10,6 +10,7 @@ from pyspark.sql.types import DoubleType, FloatType
 
 from spark_nsfw.schema import STATUS, Status
 from spark_nsfw.spark.output import read_note
+from spark_nsfw.spark.types import quoted
 from spark_nsfw.use.summary import ScoreSummary, Summary
 
 __all__ = ["summarize"]
@@ -32,7 +33,7 @@ def summarize(
     kept = [column for column in score_columns if column in fractions]
     aggregates = [F.count(F.lit(1)).alias("num_rows")]
     for column in kept:
-        score = F.col(f"`{column}`")
+        score = F.col(quoted(column))
         aggregates += [
             F.percentile_approx(score, list(_QUANTILES), 10_000),
             F.count(score),

@@ -16,7 +16,7 @@ from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, STATUS, Status
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.spark.types import spark_schema
+from spark_nsfw.spark.types import quoted, spark_schema
 from spark_nsfw.spark.worker import recipe_identity, worker_scorer
 
 __all__ = ["nsfw_udf", "score_column", "score_samples"]
@@ -98,10 +98,10 @@ def score_column(
             F.coalesce(message, F.col(ERROR_MESSAGE))
         )
     return scored.select(
-        *(F.col(f"`{name}`") for name in own),
+        *(F.col(quoted(name)) for name in own),
         status.alias(STATUS),
         message.alias(ERROR_MESSAGE),
-        *(F.col(f"_scored.`{name}`").alias(name) for name in results),
+        *(F.col(f"_scored.{quoted(name)}").alias(name) for name in results),
     )
 
 

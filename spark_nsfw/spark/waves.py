@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 
-from spark_nsfw.errors import JobError
+from spark_nsfw.errors import JobError, StorageError
 from spark_nsfw.read.source import Unit
 
-__all__ = ["Crashes", "WaveSizes", "as_job_error", "reason", "write_apart"]
+__all__ = [
+    "Crashes",
+    "ReadFailures",
+    "WaveSizes",
+    "as_job_error",
+    "is_read_failure",
+    "reason",
+    "write_apart",
+]
 
 #: What Spark says when a Python worker or its executor died, or had no memory left.
 _CRASH = re.compile(
@@ -60,11 +69,11 @@ class WaveSizes:
 class Crashes:
     """The units of a run that kill their workers.
 
-    Until something is written, it may as well be the cluster that kills them: they wait,
-    and where there are several of them, the run fails.
+    Until something is written, the cluster may be to blame: such units wait, and if there are
+    several, the run fails.
 
     Args:
-        set_aside: is given a unit that kills its worker, and the error.
+        set_aside: takes a unit that kills its worker, and the error.
     """
 
     def __init__(self, set_aside: Callable[[Unit, str], None]) -> None:
@@ -73,10 +82,10 @@ class Crashes:
         self._workers_live = False
 
     def add(self, unit: Unit, error: str) -> None:
-        """Set a unit aside, as soon as it is sure that it is to blame.
+        """Set a unit aside, as soon as it is certain to be the cause.
 
         Raises:
-            JobError: nothing but such units was met so far; none of them is set aside.
+            JobError: every unit so far killed its worker; none is set aside.
         """
         self._waiting.append((unit, error))
         if self._workers_live:
@@ -84,9 +93,9 @@ class Crashes:
         elif len(self._waiting) >= _MAX_CRASHES_AT_FIRST:
             raise JobError(
                 f"every worker died, with each of the first {len(self._waiting)} shards alone: "
-                f"{error}. No shard is set aside for it. Check the memory of executors "
-                "(spark.executor.memoryOverhead), the batch size, and that the libraries of the "
-                "workers run there at all; the shards are "
+                f"{error}. No shard was set aside. Check the executors' memory "
+                "(spark.executor.memoryOverhead), the batch size, and that the workers' libraries "
+                "run at all; the shards are "
                 f"{', '.join(unit.place for unit, _ in self._waiting)}"
             )
 
@@ -102,42 +111,87 @@ class Crashes:
         self.blame_units()
 
 
+class ReadFailures:
+    """Tells a unit that cannot be read now from a store that cannot be read at all.
+
+    If two parts with no unit in common fail one after the other, and nothing was written in
+    between, the store is to blame.
+    """
+
+    def __init__(self) -> None:
+        self._last: set[str] = set()
+
+    def add(self, units: Sequence[Unit]) -> bool:
+        """Note a part that failed without writing anything; returns whether to give up."""
+        names = {unit.name for unit in units}
+        outage = bool(self._last) and self._last.isdisjoint(names)
+        self._last = names
+        return outage
+
+    def written(self) -> None:
+        """Something was written, so the store can be read."""
+        self._last = set()
+
+
 def write_apart(
     units: Sequence[Unit],
     write: Callable[[Sequence[Unit]], None],
     missing: Callable[[Sequence[Unit]], Sequence[Unit]],
     crashes: Crashes,
+    failures: ReadFailures,
 ) -> None:
-    """Write units together; where a worker dies of one, in halves, until it is alone.
+    """Write units together; isolate those that kill their worker or cannot be read now.
+
+    A part that fails is tried again in halves. If its worker died, the halves come next. If a
+    unit could not be read, they wait until the rest has been tried: every try of an
+    unreadable store takes long, and the first two parts already tell what is wrong.
 
     Args:
         units: that are not written yet.
         write: scores units and appends their rows.
-        missing: says which of some units are not written; asked after every crash, since a
+        missing: says which of some units are not written; asked after every failure, since a
             write that failed may have published some of its units.
-        crashes: of the run, earlier waves included.
+        crashes, failures: of the run, earlier waves included.
 
     Raises:
         JobError: workers die of whatever they are given.
-        Exception: whatever else went wrong; it is not the units' fault.
+        Exception: the read failure of a single unit, once all the others are written, or that
+            of the store, at once; any other error, which is not the units' fault.
     """
-    try:
-        write(units)
-    except Exception as exc:
-        if not _CRASH.search(str(exc)):
-            raise
-        left = missing(units)
-        if len(left) < len(units):
+    parts, unreadable, any_written = deque([units]), None, False
+    while parts:
+        part = parts.popleft()
+        left: Sequence[Unit] = ()
+        try:
+            write(part)
+        except Exception as exc:
+            crashed = _CRASH.search(str(exc)) is not None
+            if not crashed and not is_read_failure(exc):
+                raise
+            left = missing(part)
+            if len(left) == len(part):
+                if not crashed and failures.add(part):
+                    raise
+                if len(part) == 1:
+                    if crashed:
+                        crashes.add(part[0], reason(exc))
+                    else:
+                        unreadable = unreadable or exc
+                    continue
+        if len(left) < len(part):
+            any_written = True
             crashes.written()
-        elif len(units) == 1:
-            crashes.add(units[0], reason(exc))
-            return
+            failures.written()
         half = (len(left) + 1) // 2
-        for part in (left[:half], left[half:]):
-            if part:
-                write_apart(part, write, missing, crashes)
-    else:
-        crashes.written()
+        halves = [units for units in (left[:half], left[half:]) if units]
+        if left and crashed:
+            parts.extendleft(reversed(halves))
+        else:
+            parts.extend(halves)
+    if any_written:
+        failures.written()
+    if unreadable is not None:
+        raise unreadable
 
 
 @contextmanager
@@ -151,6 +205,11 @@ def as_job_error(what: str) -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as exc:
         raise JobError(f"{what}: {reason(exc)}") from exc
+
+
+def is_read_failure(error: BaseException) -> bool:
+    """Whether Spark failed because a unit cannot be read now."""
+    return f"{StorageError.__name__}: " in reason(error)
 
 
 def reason(error: BaseException) -> str:

@@ -51,12 +51,12 @@ def choose_device(device: str | None = None) -> str:
 
 
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
-    """``cuda`` or ``cpu``: what the workers compute on, found out by one of them.
+    """``cuda`` or ``cpu``: what the workers compute on, as one of them reports.
 
-    In any case a task has run then, so that there is at least one executor.
+    This always runs a task, so at least one executor has registered afterwards.
 
     Raises:
-        InputError: it should be a GPU and there is none.
+        InputError: a GPU was asked for and there is none.
     """
 
     def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -69,8 +69,8 @@ def device_kind(spark: SparkSession, device: str | None = None) -> str:
     row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
     if row["kind"] == _NO_GPU:
         raise InputError(
-            f"device {device or 'cuda'}: torch sees no GPU on the machine of a worker; check "
-            "nvidia-smi and torch.cuda.is_available() there, or take --device cpu"
+            f"device {device or 'cuda'}: torch sees no GPU on a worker's machine; check "
+            "nvidia-smi and torch.cuda.is_available() there, or use --device cpu"
         )
     return str(row["kind"])
 
@@ -92,9 +92,9 @@ def worker_device(device: str | None = None) -> str:
 
 
 def recipe_identity(recipe: Recipe) -> str:
-    """What a recipe's scorer is known by in a worker; to be asked for on the driver.
+    """What identifies a recipe's scorer in a worker; to be called on the driver.
 
-    Classes of other packages count with their code, which may be edited in a notebook
+    The code of classes from other packages counts, since it may be edited in a notebook
     while the workers live on.
     """
     models = [*recipe.classifiers, *([recipe.embedder] if recipe.embedder is not None else [])]

@@ -26,8 +26,14 @@ import pyarrow.parquet as pq
 from spark_nsfw.errors import InputError
 from spark_nsfw.files import list_files, move_file
 from spark_nsfw.note import note_in
-from spark_nsfw.ownership import delete_our_files, refuse_foreign_entries, refuse_overlap
+from spark_nsfw.ownership import (
+    STATE,
+    delete_our_files,
+    refuse_foreign_entries,
+    refuse_overlap,
+)
 from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.schema import SCHEMA_PARTITION, SHARD
 from spark_nsfw.storage import absolute, is_below, open_input, resolve
 
 __all__ = [
@@ -42,7 +48,6 @@ __all__ = [
     "write_plan",
 ]
 
-_STATE = "_spark_nsfw"
 _PLAN = "plan.json"
 _PLAN_KEYS = {"request", "selection", "num_rows", "num_selected", "num_selected_by_shard"}
 
@@ -88,7 +93,7 @@ def _places(inputs: ShardInputs) -> list[str]:
 
 def _note(files: list[str]) -> dict[str, Any]:
     """What made the metadata, by its partition without rows or else by any file."""
-    file = next((file for file in files if "=__schema__/" in file), files[0])
+    file = next((file for file in files if f"{SHARD}={SCHEMA_PARTITION}/" in file), files[0])
     with open_input(file) as stream:
         try:
             return note_in(pq.read_metadata(stream).metadata or {}) or {}
@@ -127,8 +132,8 @@ def refuse_foreign_output(output: str) -> None:
     if read_plan(output) is not None:
         return
     maker = "`spark-nsfw export`"
-    refuse_foreign_entries(output, lambda name: name == _STATE, maker)
-    state = f"{output.rstrip('/')}/{_STATE}"
+    refuse_foreign_entries(output, lambda name: name == STATE, maker)
+    state = f"{output.rstrip('/')}/{STATE}"
     refuse_foreign_entries(state, lambda name: name in ("selection", "partial"), maker)
 
 
@@ -139,7 +144,7 @@ def read_plan(output: str) -> dict[str, Any] | None:
         InputError: there is a file in its place that is no plan.
         StorageError: it cannot be read now.
     """
-    url = f"{output.rstrip('/')}/{_STATE}/{_PLAN}"
+    url = f"{output.rstrip('/')}/{STATE}/{_PLAN}"
     try:
         with open_input(url) as file:
             content = file.read()
@@ -163,7 +168,7 @@ def write_plan(output: str, plan: dict[str, Any]) -> None:
         OSError: it cannot be written now.
     """
     content = json.dumps(plan, indent=1).encode()
-    with new_file(f"{output.rstrip('/')}/{_STATE}/{_PLAN}", output) as file:
+    with new_file(f"{output.rstrip('/')}/{STATE}/{_PLAN}", output) as file:
         file.write(content)
 
 
@@ -182,7 +187,7 @@ def new_file(url: str, output: str) -> Iterator[BinaryIO]:
         OSError: it cannot be written now.
     """
     filesystem, path = resolve(url)
-    partial_url = f"{output.rstrip('/')}/{_STATE}/partial/{uuid.uuid4()}"
+    partial_url = f"{output.rstrip('/')}/{STATE}/partial/{uuid.uuid4()}"
     _, partial = resolve(partial_url)
     filesystem.create_dir(posixpath.dirname(partial))
     try:
@@ -198,7 +203,7 @@ def new_file(url: str, output: str) -> Iterator[BinaryIO]:
 
 def selection_directory(output: str, plan: dict[str, Any]) -> str:
     """Where the selection of a plan is: in a directory that no other run writes to."""
-    return f"{output.rstrip('/')}/{_STATE}/selection/{plan['selection']}"
+    return f"{output.rstrip('/')}/{STATE}/selection/{plan['selection']}"
 
 
 def finished_shards(output: str) -> set[str]:
@@ -218,7 +223,7 @@ def delete_selections(output: str) -> None:
     Raises:
         StorageError: something cannot be deleted now.
     """
-    directory = f"{output.rstrip('/')}/{_STATE}/selection"
+    directory = f"{output.rstrip('/')}/{STATE}/selection"
     delete_our_files(directory, lambda name: _SELECTION_FILE.fullmatch(name) is not None)
 
 
@@ -228,5 +233,5 @@ def delete_partial_files(output: str) -> None:
     Raises:
         StorageError: something cannot be deleted now.
     """
-    directory = f"{output.rstrip('/')}/{_STATE}/partial"
+    directory = f"{output.rstrip('/')}/{STATE}/partial"
     delete_our_files(directory, lambda name: _PARTIAL_FILE.fullmatch(name) is not None)

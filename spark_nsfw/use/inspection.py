@@ -10,8 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from spark_nsfw.note import Footer, read_footers
-from spark_nsfw.schema import SHARD
-from spark_nsfw.use.metadata import SCHEMA_PARTITION
+from spark_nsfw.schema import SCHEMA_PARTITION, SHARD
 from spark_nsfw.use.provenance import ModelNote, models_of, random_models
 from spark_nsfw.use.summary import counted
 

@@ -27,17 +27,17 @@ from spark_nsfw.files import (
     delete_empty_directories,
     delete_files,
     find_file,
+    is_hidden,
     iter_files,
     write_file,
 )
 from spark_nsfw.note import note_in, same_note
+from spark_nsfw.ownership import STATE
 from spark_nsfw.read.source import Source, Unit
-from spark_nsfw.schema import KEY, SHARD, STATUS, Status
+from spark_nsfw.schema import KEY, SCHEMA_PARTITION, SHARD, STATUS, Status
 from spark_nsfw.storage import absolute, hadoop_path, ignores_case, open_input, resolve
 
 __all__ = [
-    "SCHEMA_PARTITION",
-    "STATE",
     "MetadataFiles",
     "refuse_foreign_files",
     "refuse_names",
@@ -45,14 +45,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-#: The partition that holds no rows. Readers guess the type of partition values: where
-#: every shard has a number for a name they would read ``00000`` as 0. One name that is
-#: no number makes all of them strings, in Spark, pandas, pyarrow and DuckDB alike.
-SCHEMA_PARTITION = "__schema__"
-
-#: What of ours in the output is no row; readers skip names with an underscore.
-STATE = "_spark_nsfw"
 
 _SCHEMA_FILE = f"{SHARD}={SCHEMA_PARTITION}/part-00000-schema.zstd.parquet"
 
@@ -87,11 +79,6 @@ _ESCAPED = re.compile(r"""[\x00-\x1f"#%'*/:=?\\\x7f{\[\]^]""")
 def _is_skipped(name: str) -> bool:
     """Directories of writes under way, which need not be walked."""
     return name.startswith(("_temporary", ".spark-staging-", "__magic"))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether readers skip a file, for its own name or for a directory's at the top."""
-    return any(part.startswith((".", "_")) for part in (name, name.rpartition("/")[2]))
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,7 @@ class MetadataFiles:
         the write with the smallest name stay and the others are deleted.
 
         Raises:
-            JobError: two writes made a unit's rows in different ways.
+            JobError: two writes made a unit's rows with different settings.
         """
         units = self._data_files()
         units.pop(SCHEMA_PARTITION, None)
@@ -251,7 +238,7 @@ class MetadataFiles:
                 notes.append(note_in(pq.read_metadata(stream).metadata or {}) or {})
         if not same_note(*notes):
             raise JobError(
-                f"shard {unit!r} has rows of two runs that were made in different ways: "
+                f"shard {unit!r} has rows of two runs with different settings: "
                 f"{self._url_of(names[0])} and {names[1]}. Delete one of the two and run again"
             )
 
@@ -275,7 +262,7 @@ class MetadataFiles:
         names = [entry.name for entry in iter_files(self.url)]
         ours = [name for name in names if _OURS.match(name)]
         for name in sorted({*names} - {*ours}):
-            if not _is_hidden(name):
+            if not is_hidden(name):
                 raise InputError(
                     f"{self.url} has files that spark-nsfw did not write, such as {name}: nothing "
                     "is deleted. Move them elsewhere first, or give another output"
@@ -312,7 +299,7 @@ def refuse_foreign_files(output: str) -> None:
     if MetadataFiles(output).is_begun:
         return
     for entry in iter_files(output):
-        if not _is_hidden(entry.name) and not _OURS.match(entry.name):
+        if not is_hidden(entry.name) and not _OURS.match(entry.name):
             raise InputError(
                 f"{output} contains files that spark-nsfw did not write, such as "
                 f"{entry.name}: give a directory of its own"

@@ -12,6 +12,7 @@ from pyarrow import fs
 
 from spark_nsfw.files import exists, move_file
 from spark_nsfw.note import note_in
+from spark_nsfw.ownership import STATE
 from spark_nsfw.read.source import Unit
 from spark_nsfw.storage import open_input, resolve
 from spark_nsfw.use.metadata import MetadataFiles
@@ -19,7 +20,7 @@ from spark_nsfw.use.metadata import MetadataFiles
 __all__ = ["move_beside_shards"]
 
 #: Where a sidecar goes that we did not write; readers skip names with an underscore.
-_REPLACED = "_spark_nsfw_replaced"
+_REPLACED = f"{STATE}_replaced"
 
 
 def move_beside_shards(staging: str, units: Sequence[Unit]) -> None:
