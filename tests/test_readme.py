@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, on small data and a small tower."""
+"""The Python of README and docs/python.md runs as it stands, on small data and a small tower."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README + PYTHON, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -40,6 +42,14 @@ def test_block(number, spark, tmp_path, capsys, jpegs, detector_path):
 
 def test_there_are_three_ways_to_use_it():
     assert len(BLOCKS) == 3
+
+
+def test_every_detector_is_documented():
+    from spark_nsfw.score.registry import DETECTOR_NAMES
+
+    page = (ROOT / "docs" / "detectors.md").read_text()
+    for name in DETECTOR_NAMES:
+        assert re.search(rf"^\| `{name}(=[A-Z]+)?` \|", page, re.MULTILINE), name
 
 
 def test_every_status_is_documented():
