@@ -1,13 +1,19 @@
-"""The README's Python runs as it stands there, on small data and a small tower."""
+"""The Python of README and docs/python.md runs as it stands, on small data and a small tower."""
 
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
+from torch import nn
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = (ROOT / "docs" / "python.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README + PYTHON, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -40,6 +46,58 @@ def test_block(number, spark, tmp_path, capsys, jpegs, detector_path):
 
 def test_there_are_three_ways_to_use_it():
     assert len(BLOCKS) == 3
+
+
+def test_every_detector_is_documented():
+    from spark_nsfw.score.registry import DETECTOR_NAMES
+
+    page = (ROOT / "docs" / "detectors.md").read_text()
+    for name in DETECTOR_NAMES:
+        assert re.search(rf"^\| `{name}(=[A-Z]+)?` \|", page, re.MULTILINE), name
+
+
+def detectors_block(language, start):
+    page = (ROOT / "docs" / "detectors.md").read_text()
+    blocks = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+    return next(block for block in blocks if block.startswith(start))
+
+
+def test_the_detectors_of_ones_own_run(tmp_path, jpegs):
+    mine: dict = {}
+    exec(detectors_block("python", "# mine.py"), mine)
+    watermark = nn.Sequential(nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+    blur = nn.Sequential(timm.create_model("resnet18", num_classes=1), nn.Sigmoid())
+    for name, network in [("watermark.pt", watermark), ("blur.pt", blur)]:
+        torch.save(network.state_dict(), tmp_path / name)
+    head = mine["WatermarkClassifier"](str(tmp_path / "watermark.pt"))
+    assert head.result_columns == ["watermark_score"]
+    assert head.classify(np.ones((3, 768)), "cpu").shape == (3,)
+    detector = mine["BlurClassifier"](str(tmp_path / "blur.pt"))
+    assert detector.result_columns == ["blur_score"]
+    assert detector.classify(jpegs[:2], "cpu").shape == (2,)
+
+
+def test_the_prompts_are_understood():
+    pytest.importorskip("yaml")
+    from spark_nsfw.score.prompts import parse_prompts
+
+    concepts = parse_prompts(detectors_block("yaml", "# prompts.yaml"), "prompts.yaml")
+    assert {concept.name: concept.against for concept in concepts} == {
+        "weapon": "everyday", "everyday": None, "watermark": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
 def test_every_status_is_documented():

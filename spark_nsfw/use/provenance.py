@@ -10,6 +10,7 @@ __all__ = [
     "ModelNote",
     "detector_of",
     "detector_words",
+    "lacks_tower",
     "models_of",
     "random_models",
     "random_words",
@@ -60,6 +61,14 @@ def models_of(note: Mapping[str, Any]) -> list[ModelNote]:
         name = " ".join(filter(None, [entry.get("classifier", "unknown"), entry.get("variant")]))
         models.append(_model("detector", name, entry))
     return models
+
+
+def lacks_tower(models: Sequence[ModelNote]) -> bool:
+    """Whether embeddings were scored, and the note does not say what made them."""
+    if any(model.role == "tower" for model in models):
+        return False
+    # Only detectors that see pixels describe their preprocessing.
+    return not models or any("preprocessing" not in model.options for model in models)
 
 
 def detector_of(note: Mapping[str, Any], column: str) -> ModelNote | None:

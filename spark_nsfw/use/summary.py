@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spark_nsfw.schema import Status
-from spark_nsfw.use.provenance import ModelNote, models_of
+from spark_nsfw.use.provenance import ModelNote, lacks_tower, models_of
 
 __all__ = ["ScoreSummary", "Summary", "counted", "weights_lines"]
 
@@ -97,7 +97,7 @@ def counted(number: int, noun: str) -> str:
 def weights_lines(provenance: dict[str, Any]) -> list[str]:
     """Which weights made the scores, and a plain warning where they are random."""
     models = models_of(provenance)
-    if not any(model.role == "tower" for model in models):
+    if lacks_tower(models):
         models.insert(0, ModelNote("tower", "unknown"))
     lines = []
     for model in models:
