@@ -91,7 +91,9 @@ def test_a_table_of_images_is_scored_into_a_table(spark, staged, jpegs, tmp_path
         spark.createDataFrame(rows, "id long, image binary").write.saveAsTable("notebook.images")
         run(spark, source="notebook.images", scores="notebook.scores", models=str(staged))
         scores = spark.table("notebook.scores")
-        assert scores.columns == ["id", "status", "error_message", "image_embedding", "nsfw_score"]
+        assert scores.columns == [
+            "id", "status", "error_message", "image_embedding", "embedding_norm", "nsfw_score",
+        ]  # fmt: skip
         assert scores.where("nsfw_score between 0 and 1").count() == 4
         assert spark.table("notebook.scores_safe").columns == [
             "id", "status", "error_message", "nsfw_score",

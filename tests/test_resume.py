@@ -711,7 +711,10 @@ def test_result_columns_are_never_mixed(
     more = TimmImageEmbedder(
         "test_vit2", embedding_size=768, classifiers=[*embedder.classifiers, aesthetic]
     )
-    named = r'result_columns was \["image_embedding", "nsfw_score"\], is now \["aesthetic_score"'
+    named = (
+        r'result_columns was \["embedding_norm", "image_embedding", "nsfw_score"\], '
+        r'is now \["aesthetic_score"'
+    )
     with pytest.raises(JobError, match=named):
         run(spark, str(inputs), output, more, allow_changes=allow_changes)
     assert len(rows_of(spark, output)) == 3

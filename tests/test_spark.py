@@ -191,7 +191,9 @@ def test_a_missing_score_is_null_not_nan(spark, embedder):
     assert (
         scored.where(F.col("nsfw_score").isNull() & F.col("image_embedding").isNull()).count() == 1
     )
-    assert scored.columns == ["status", "error_message", "image_embedding", "nsfw_score"]
+    assert scored.columns == [
+        "status", "error_message", "image_embedding", "embedding_norm", "nsfw_score",
+    ]  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused_on_the_driver(spark, detector_path):

@@ -40,6 +40,13 @@ _ALWAYS = {
     "mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
 }
 
+#: On a local disk. Hadoop's checksum files double the number of files, and without its native
+#: library each one costs two more processes (``chmod``); Parquet has checksums of its own.
+_NO_CHECKSUM_FILES = {
+    "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
+    "fs.file.impl.disable.cache": "true",
+}
+
 _MANIFEST_FACTORIES = {
     "gs": "org.apache.hadoop.mapreduce.lib.output.committer.manifest.ManifestCommitterFactory",
     "abfs": "org.apache.hadoop.fs.azurebfs.commit.AzureManifestCommitterFactory",
@@ -125,7 +132,9 @@ def committer_of(spark: SparkSession, output: str) -> Committer:
     return Committer(
         "Hadoop's file committer, algorithm 2",
         settings,
-        _ALWAYS | {"mapreduce.fileoutputcommitter.algorithm.version": "2"},
+        _ALWAYS
+        | {"mapreduce.fileoutputcommitter.algorithm.version": "2"}
+        | (_NO_CHECKSUM_FILES if scheme == "file" else {}),
     )
 
 
