@@ -48,8 +48,8 @@ if not Path(models, "SHA256SUMS").exists():
 # MAGIC %md
 # MAGIC ## Score
 # MAGIC Shards are read and scored in one Python worker, and give the columns `shard`, `key`, the
-# MAGIC dataset's own, `status`, `error_message`, `image_embedding` and `nsfw_score`. A table needs
-# MAGIC a binary column `image` with encoded images; its other columns stay. An image that cannot
+# MAGIC dataset's own, `status`, `error_message`, `image_embedding`, `embedding_norm` and
+# MAGIC `nsfw_score`. A table needs a binary column `image` with encoded images; its other columns stay. An image that cannot
 # MAGIC be scored keeps its row, and `status` says why. Shards that go into a directory are written
 # MAGIC in waves: after an interruption run the cell again, and it continues.
 
@@ -116,7 +116,7 @@ display(scored.where("nsfw_score is not null").select(*kept))
 # COMMAND ----------
 
 threshold = float(dbutils.widgets.get("threshold"))
-safe = scored.where(F.col("nsfw_score") < threshold).drop("image_embedding")
+safe = scored.where(F.col("nsfw_score") < threshold).drop("image_embedding", "embedding_norm")
 if "/" in scores:
     safe.write.mode("overwrite").parquet(scores.rstrip("/") + "_safe")
 else:

@@ -46,14 +46,14 @@ def by_identity(rows):
     """(shard, key) → the row's result columns, floats as they are stored."""
     found = {}
     for row in rows:
-        embedding = row["image_embedding"]
+        embedding, score = row.get("image_embedding"), row.get("nsfw_score")
         identity = row["shard"], row["key"]
         assert identity not in found
         found[identity] = (
             row["status"],
             row["error_message"],
             None if embedding is None else tuple(np.float32(embedding)),
-            None if row["nsfw_score"] is None else np.float32(row["nsfw_score"]),
+            None if score is None else np.float32(score),
         )
     return found
 

@@ -65,15 +65,19 @@ def add_detector_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def detectors(options: argparse.Namespace) -> list[Detector[Any]]:
+def detectors(options: argparse.Namespace, **speed: Any) -> list[Detector[Any]]:
     """The detectors that `add_detector_arguments` chose.
+
+    Args:
+        options: the parsed arguments.
+        speed: further arguments of detectors that see pixels.
 
     Raises:
         InputError: one of them does not exist.
     """
     from spark_nsfw.score.registry import detector_of
 
-    # A class in the current directory is found like those that are installed.
+    # A class in the current directory is found like those that are installed …
     sys.path.append(str(Path.cwd()))
     chosen = list(options.detector or ["laion"])
     if options.nsfw_checkpoint and not any(name.partition("=")[0] == "laion" for name in chosen):
@@ -81,15 +85,25 @@ def detectors(options: argparse.Namespace) -> list[Detector[Any]]:
     if options.aesthetic or options.aesthetic_checkpoint:
         chosen.append("aesthetic")
     paths = {"laion": options.nsfw_checkpoint, "aesthetic": options.aesthetic_checkpoint}
-    return [
+    made = [
         detector_of(
             name,
             models_dir=options.models,
             variant=options.nsfw_variant,
             model_path=paths.get(name),
+            **speed,
         )
         for name in chosen
     ]
+    for detector in made:
+        module = sys.modules[type(detector).__module__]
+        if Path(module.__file__ or "/").is_relative_to(Path.cwd()) and (
+            module.__name__.partition(".")[0] != "spark_nsfw"
+        ):
+            from pyspark import cloudpickle
+
+            cloudpickle.register_pickle_by_value(module)  # … but not on the workers' machines
+    return made
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -88,14 +88,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", "float32", "float16", "bfloat16"],
         default="auto",
-        help="of the tower; auto: float16 on a GPU, float32 on a CPU",
+        help="of the networks; auto: float16 on a GPU, float32 on a CPU",
     )
     speed.add_argument(
         "--decode",
         choices=["exact", "fast"],
-        default="fast",
-        help="exact: OpenAI's pixels bit for bit; fast: half the time for JPEG, and scores move "
-        "less than by float16 (default: %(default)s)",
+        help="exact: the pixels of the model's own code bit for bit; fast: half the time for JPEG, "
+        "and scores move less than by float16 (default: fast, but exact for open_nsfw)",
     )
     speed.add_argument(
         "--device",
@@ -191,26 +190,27 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.spark.session import active_or_local_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
 
-    chosen = detectors(options)
-    needs_tower = any(isinstance(each, ImageClassifier) for each in chosen)
-    wants_tower = needs_tower or options.model or options.clip_checkpoint
-    embedder = TimmImageEmbedder(
-        options.model or DEFAULT_MODEL,
-        pretrained=options.pretrained and options.clip_checkpoint is None,
-        batch_size=options.batch_size,
-        num_threads_per_worker=options.num_threads,
-        checkpoint_path=options.clip_checkpoint,
-        precision=None if options.precision == "auto" else options.precision,
-        embedding_size=options.embedding_size,
-        decode=options.decode,
-        models_dir=options.models,
-    )
-    recipe = Recipe.of(
-        embedder if wants_tower else None,
-        chosen,
-        device=options.device,
-        keep_embeddings=options.embeddings,
-    )
+    speed = {
+        "batch_size": options.batch_size,
+        "num_threads_per_worker": options.num_threads,
+        "precision": None if options.precision == "auto" else options.precision,
+        **({} if options.decode is None else {"decode": options.decode}),
+    }
+    chosen, embedder = detectors(options, **speed), None
+    if (
+        any(isinstance(each, ImageClassifier) for each in chosen)
+        or options.model
+        or options.clip_checkpoint
+    ):
+        embedder = TimmImageEmbedder(
+            options.model or DEFAULT_MODEL,
+            pretrained=options.pretrained and options.clip_checkpoint is None,
+            checkpoint_path=options.clip_checkpoint,
+            embedding_size=options.embedding_size,
+            models_dir=options.models,
+            **speed,
+        )
+    recipe = Recipe.of(embedder, chosen, device=options.device, keep_embeddings=options.embeddings)
     source = ShardSource(
         ShardInputs.parse(options.input),
         SampleOptions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -34,12 +35,8 @@ _KNOWN: dict[str, Callable[..., Detector[Any]]] = {
     "multi_headed": MultiHeadedClassifier,
     "concepts": ConceptClassifier,
     "open_nsfw": OpenNsfwClassifier,
-    "marqo": lambda model_path: TimmImageClassifier(
-        _MARQO, pred_column="marqo_score", model_path=model_path
-    ),
-    "freepik": lambda model_path: TimmImageClassifier(
-        _FREEPIK, pred_column="freepik_score", model_path=model_path
-    ),
+    "marqo": partial(TimmImageClassifier, _MARQO, pred_column="marqo_score"),
+    "freepik": partial(TimmImageClassifier, _FREEPIK, pred_column="freepik_score"),
 }
 
 #: All names; ``multi_headed`` and ``concepts`` need the file of their weights.
@@ -53,7 +50,8 @@ def detector_of(text: str, **options: Any) -> Detector[Any]:
         text: ``NAME``, ``NAME=FILE`` with the file of its weights,
             ``hf-hub:OWNER/NAME@LABEL`` or ``…@LABEL+LABEL=FILE`` for a timm model of the hub,
             or ``MODULE:CLASS`` for a class of one's own.
-        options: ``models_dir``, ``variant``; each detector gets those that it takes.
+        options: ``models_dir``, ``variant``, ``model_path`` where ``text`` has none, and how
+            pixels are scored; each detector gets those that it takes.
 
     Raises:
         InputError: there is no such detector, or a class that is none.
@@ -62,9 +60,9 @@ def detector_of(text: str, **options: Any) -> Detector[Any]:
     if name.startswith("hf-hub:"):
         repository, _, labels = name.partition("@")
         label = labels.split("+") if labels else None
-        return TimmImageClassifier(repository, label, model_path=model_path or None)
-    if ":" in name:
-        make: Callable[..., Detector[Any]] = _class_of(name)
+        make: Callable[..., Detector[Any]] = partial(TimmImageClassifier, repository, label)
+    elif ":" in name:
+        make = _class_of(name)
     elif name in _KNOWN:
         make = _KNOWN[name]
     else:
@@ -75,13 +73,12 @@ def detector_of(text: str, **options: Any) -> Detector[Any]:
             + f" There are {', '.join(DETECTOR_NAMES)}, hf-hub:OWNER/NAME@LABEL for a timm model "
             "of the hub, and MODULE:CLASS for one of your own"
         )
-    given = {
-        key: value for key, value in options.items() if key in inspect.signature(make).parameters
-    }
+    taken = inspect.signature(make).parameters
+    given = {key: value for key, value in options.items() if key in taken}
+    if "num_threads_per_worker" not in taken:
+        given.pop("batch_size", None)  # theirs is of embeddings
     if model_path:
         given["model_path"] = model_path
-    elif ":" not in name:
-        given.setdefault("model_path", None)
     try:
         return make(**given)
     except TypeError as exc:

@@ -43,7 +43,7 @@ class SafetyCheckerClassifier(ImageClassifier):
 
     ====================== ===== ==================================================
     safety_checker_score   float the largest (cosine - threshold); above 0 = unsafe
-    safety_checker_concept int   the concept, 0 to 16; nobody has published names
+    safety_checker_concept int   the concept, 0 to 16; the file has no names for them
     ====================== ===== ==================================================
 
     Known for false positives. Only the concepts are read from the file, by range; Stable

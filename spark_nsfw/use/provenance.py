@@ -87,7 +87,7 @@ def random_models(note: Mapping[str, Any]) -> list[str]:
 
 def _model(role: str, name: str, entry: Mapping[str, Any]) -> ModelNote:
     weights = entry.get("weights") or {}
-    source = str(weights.get("source", "unknown"))
+    source = str(weights.get("source", "unknown" if "weights" in entry else "no file of weights"))
     return ModelNote(
         role=role,
         name=name,
