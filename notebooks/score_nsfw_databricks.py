@@ -50,8 +50,9 @@ if not Path(models, "SHA256SUMS").exists():
 # MAGIC Shards are read and scored in one Python worker, and give the columns `shard`, `key`, the
 # MAGIC dataset's own, `status`, `error_message`, `image_embedding`, `embedding_norm` and
 # MAGIC `nsfw_score`. A table needs a binary column `image` with encoded images; its other columns
-# MAGIC stay. An image that cannot be scored keeps its row, and `status` says why. Shards that go into a directory are written
-# MAGIC in waves: after an interruption run the cell again, and it continues.
+# MAGIC stay. An image that cannot be scored keeps its row, and `status` says why. Shards that go
+# MAGIC into a directory are written in waves: after an interruption run the cell again, and it
+# MAGIC continues.
 
 # COMMAND ----------
 

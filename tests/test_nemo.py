@@ -13,6 +13,7 @@ from torch import nn
 from spark_nsfw import (
     ImageClassifier,
     ImageTextPairDataset,
+    NsfwClassifier,
     SampleOptions,
     Scorer,
     TimmImageEmbedder,
@@ -230,3 +231,11 @@ def test_one_row_is_scored_as_many_are(monkeypatch, aesthetic, num_rows):
     rows = np.random.default_rng(1).normal(size=(num_rows, 768)).astype(np.float32)
     found = aesthetic.classify(rows, "cpu")
     assert np.abs(found - expected(rows, aesthetic)["aesthetic_score"]).max() < 1e-5
+
+
+def test_the_built_in_classifier_says_what_nemo_curators_says():
+    classifier = NsfwClassifier()
+    assert (classifier.model_name, classifier.pred_type, classifier.embedding_size) == (
+        "nsfw", float, 768,
+    )  # fmt: skip
+    assert TimmImageEmbedder("test_vit2", use_index_files=True).use_index_files

@@ -721,7 +721,7 @@ def test_result_columns_are_never_mixed(
 
 
 def test_a_missing_number_of_shards_is_refused(spark, inputs, embedder, tmp_path):
-    with pytest.raises(InputError, match="shards_per_wave is at least 1"):
+    with pytest.raises(InputError, match=r"--shards-per-wave \(shards_per_wave\) is at least 1"):
         run(spark, str(inputs), tmp_path / "out", embedder, shards_per_wave=0)
 
 

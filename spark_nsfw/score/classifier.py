@@ -79,6 +79,10 @@ class ImageClassifier(Detector[Model]):
         """
         raise NotImplementedError(f"{type(self).__name__} must define load_model")
 
+    def takes(self, embedding_size: int) -> bool:
+        """Whether it scores embeddings of this width."""
+        return self.embedding_size in (None, embedding_size)
+
     def for_embedding_size(self, embedding_size: int) -> ImageClassifier:
         """A copy for embeddings of the given width, its weights found and tried; made once.
 
@@ -86,7 +90,7 @@ class ImageClassifier(Detector[Model]):
             EmbeddingWidthError: it takes another width.
             WeightsError: its file cannot be had or used.
         """
-        if self.embedding_size not in (None, embedding_size):
+        if not self.takes(embedding_size):
             raise EmbeddingWidthError(
                 f"{type(self).__name__} takes embeddings of width {self.embedding_size}, "
                 f"these have width {embedding_size}; use the CLIP model it was trained on, "

@@ -208,7 +208,8 @@ def hub_file(model_name: str) -> str:
     if config is None or not config.hf_hub_id:
         raise InputError(
             f"timm has no weights on the hub for {model_name!r}; "
-            "give a name with a tag such as .openai, or a checkpoint file"
+            "give a name with a tag such as .openai, or a file with --clip-checkpoint "
+            "(checkpoint_path)"
         )
     file_names = [config.hf_hub_filename] if config.hf_hub_filename else []
     return repository_file(

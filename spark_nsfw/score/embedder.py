@@ -97,9 +97,11 @@ class ImageEmbedder:
                 f"not {num_threads_per_worker}"
             )
         if precision not in (None, *PRECISIONS):
-            raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+            raise InputError(
+                f"--precision (precision) is one of {', '.join(PRECISIONS)}, not {precision!r}"
+            )
         if decode not in DECODES:
-            raise InputError(f"decode is one of {', '.join(DECODES)}, not {decode!r}")
+            raise InputError(f"--decode (decode) is one of {', '.join(DECODES)}, not {decode!r}")
         self.model_name = model_name
         self.image_embedding_column = image_embedding_column
         self.classifiers = tuple(classifiers)

@@ -135,35 +135,42 @@ class NsfwClassifier(ImageClassifier):
         models_dir: str | None = None,
     ) -> None:
         if variant not in ("torch", "laion"):
-            raise InputError(f"variant is 'torch' or 'laion', not {variant!r}")
+            raise InputError(f"--nsfw-variant (variant) is 'torch' or 'laion', not {variant!r}")
         super().__init__(
             "nsfw",
             embedding_column,
             pred_column,
             batch_size=batch_size,
+            embedding_size=768,  # ViT-L/14's, until it is told another
             model_path=model_path,
             models_dir=models_dir,
         )
+        self._width: int | None = None
         self.variant = variant
         if variant == "laion":
             self.embedding_precision = torch.float16
+
+    def takes(self, embedding_size: int) -> bool:
+        """Whether it scores embeddings of this width: any, until it has settled on one."""
+        return self._width in (None, embedding_size)
 
     def _settle(self, embedding_size: int) -> None:
         if self.model_path is None and embedding_size not in DETECTORS:
             raise EmbeddingWidthError(
                 "LAION's detectors take embeddings of width "
                 f"{' or '.join(map(str, DETECTORS))}, these have width {embedding_size}; use "
-                f"{' or '.join(d.clip_model for d in DETECTORS.values())}, or give model_path"
+                f"{' or '.join(d.clip_model for d in DETECTORS.values())}, or give "
+                "--nsfw-checkpoint (model_path)"
             )
-        self.embedding_size = embedding_size
+        self.embedding_size = self._width = embedding_size
         super()._settle(embedding_size)
 
     @property
     def published_file(self) -> PublishedFile | None:
         """LAION's file for the embeddings' width; None until that is known."""
-        if self.embedding_size is None:
+        if self._width is None:
             return None
-        detector = DETECTORS[self.embedding_size]
+        detector = DETECTORS[self._width]
         return PublishedFile(detector.url, detector.file_name, detector.sha256)
 
     def describe(self) -> dict[str, Any]:
@@ -200,16 +207,16 @@ class NsfwClassifier(ImageClassifier):
             vocabularies = archive.vocabularies if self.variant == "laion" else {}
         elif self.variant == "laion":
             raise WeightsMismatchError(
-                f"{path} has no vocabularies: variant 'laion' needs LAION's own zip, one of "
-                f"{', '.join(d.file_name for d in DETECTORS.values())}, unchanged"
+                f"{path} has no vocabularies: --nsfw-variant laion (variant) needs LAION's own "
+                f"zip, one of {', '.join(d.file_name for d in DETECTORS.values())}, unchanged"
             )
         else:
             tensors = _canonical(load_state_dict(path))
         widths = _widths(str(path), tensors)
-        if self.embedding_size not in (None, widths[0]):
+        if self._width not in (None, widths[0]):
             raise EmbeddingWidthError(
                 f"{path} takes embeddings of width {widths[0]}, "
-                f"these have width {self.embedding_size}; use the CLIP model it was trained on"
+                f"these have width {self._width}; use the CLIP model it was trained on"
             )
         network = NsfwDetector(widths, {k: len(codes) for k, codes in vocabularies.items()})
         for dimension, codes in vocabularies.items():

@@ -77,7 +77,7 @@ class TimmImageEmbedder(ImageEmbedder):
     ) -> None:
         if not timm.is_model(model_name):
             raise InputError(
-                f"timm has no model {model_name!r}; "
+                f"--model (model_name): timm has no model {model_name!r}; "
                 f"close names: {', '.join(_close_names(model_name)) or 'none'}; "
                 "timm.list_models() lists them all"
             )

@@ -98,9 +98,9 @@ class JobOptions:
 
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
-            raise InputError(f"plan is {' or '.join(map(repr, PLANS))}, not {self.plan!r}")
+            raise InputError(f"--plan (plan) is {' or '.join(map(repr, PLANS))}, not {self.plan!r}")
         if self.shards_per_wave is not None and self.shards_per_wave < 1:
-            raise InputError("shards_per_wave is at least 1")
+            raise InputError("--shards-per-wave (shards_per_wave) is at least 1")
 
 
 @dataclass
