@@ -43,6 +43,8 @@ TOWERS = {
     "CLIP ViT-B/32": "vit_base_patch32_clip_quickgelu_224.openai",
     "CLIP ViT-L/14": "vit_large_patch14_clip_quickgelu_224.openai",
 }
+#: These get a sixth of the images.
+SLOW = ("CLIP ViT-L/14", "freepik")
 ROUNDS = 3
 
 
@@ -96,7 +98,7 @@ def main() -> None:
         recipes: dict[str, Recipe] = {}
         for tower, model in TOWERS.items():
             save_file(NsfwDetector(widths[tower]).state_dict(), laion)
-            embedder = TimmImageEmbedder(model, num_threads_per_worker=1)
+            embedder = TimmImageEmbedder(model, batch_size=8, num_threads_per_worker=1)
             recipes[tower] = Recipe.of(
                 embedder, [NsfwClassifier(model_path=laion)], device="cpu"
             ).with_ready_classifiers()
@@ -117,22 +119,25 @@ def main() -> None:
                 print(f"{label} left out: {exc}", file=sys.stderr)
         first = recipes["CLIP ViT-B/32"]
         both = Recipe.of(first.embedder, [*first.classifiers, others["marqo"]], device="cpu")
-        ways = {label: forward(recipe, images) for label, recipe in recipes.items()}
-        ways["both in one pass"] = whole(both, images)
+        counts = {label: len(images) // 6 if label in SLOW else len(images) for label in recipes}
+        ways = {
+            label: forward(recipe, images[: counts[label]]) for label, recipe in recipes.items()
+        }
+        ways["both in one pass"], counts["both in one pass"] = whole(both, images), len(images)
         for way in ways.values():
             way()
         seconds: dict[str, list[float]] = {label: [] for label in ways}
         for _ in range(ROUNDS):
             for label, way in ways.items():
                 seconds[label].append(seconds_of(way))
-    medians = {label: statistics.median(times) for label, times in seconds.items()}
+    medians = {label: statistics.median(t) / counts[label] for label, t in seconds.items()}
     base, alone = medians["CLIP ViT-B/32"], medians["CLIP ViT-B/32"] + medians["marqo"]
     report(
         "detectors",
         [
             {
                 "detector": label,
-                "ms per image": 1000 * median / len(images),
+                "ms per image": 1000 * median,
                 "of ViT-B/32": median / base,
                 "of both alone": median / alone if label == "both in one pass" else "",
             }

@@ -37,6 +37,7 @@ from spark_nsfw import (
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.loop import tasks_of
 from spark_nsfw.spark.plans import metadata_rows
 
 BATCH_SIZE = 64
@@ -146,13 +147,14 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
         SparkSession.builder.master(f"local[{cores}]")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "256")
+        .config("spark.python.daemon.module", "spark_nsfw.spark.daemon")
         .getOrCreate()
     )
     spark.sparkContext.setLogLevel("OFF")
     source = ShardSource(ShardInputs.parse(str(directory)), columns=())
     units = source.units()
     places = [(unit.place,) for unit in units]
-    paths = spark.createDataFrame(places, "path string").repartition(len(places))
+    paths = spark.createDataFrame(places, "path string").repartition(cores)
     ours = embedder(detector, 1)
     recipe = Recipe.of(ours, device="cpu").ready()
 
@@ -214,7 +216,9 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
 
     return {
         "b: fused plan": through(
-            lambda: metadata_rows(spark, units, source, recipe, source.schema())
+            lambda: metadata_rows(
+                spark, units, source, recipe, source.schema(), num_tasks=tasks_of(units, cores)
+            )
         ),
         "c: DataFrame plan": through(
             lambda: score_samples(

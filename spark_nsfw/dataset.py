@@ -157,7 +157,12 @@ class ImageTextPairDataset:
         if self._metadata is not None:
             raise InputError("embed the dataset first, then set its metadata")
         return ImageTextPairDataset(
-            self.path, self.id_col, self.spark, self.captions, embedder, embedder.classifiers
+            self.path,
+            self.id_col,
+            self.spark,
+            self.captions,
+            embedder,
+            (*Recipe(None, self.classifiers).pixel_classifiers, *embedder.classifiers),
         )
 
     def with_classifier(self, classifier: Detector[Any]) -> ImageTextPairDataset:

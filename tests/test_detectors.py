@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from scoring import score_into
 from test_scorer import all_shards
@@ -23,6 +24,7 @@ from spark_nsfw import (
     read_webdataset,
 )
 from spark_nsfw.cli import main
+from spark_nsfw.errors import JobError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.recipe import Recipe
@@ -122,6 +124,24 @@ def test_the_dataset_and_the_udf_take_pixels_alone(spark, shards, tmp_path):
     samples = read_webdataset(spark, str(shards / "00000.tar"))
     rows = samples.select("shard", "key", udf("image").alias("scored"))
     assert scores_of(rows.select("shard", "key", "scored.open_nsfw_score")) == saved
+
+
+def test_an_embedder_keeps_the_detectors_that_were_there(spark, shards, embedder):
+    dataset = ImageTextPairDataset.from_webdataset(str(shards / "00000.tar"), spark=spark)
+    both = embedder(OpenNsfwClassifier()(dataset))
+    assert {"open_nsfw_score", "nsfw_score", "image_embedding"} < {*both.metadata.columns}
+
+
+def test_results_of_another_type_are_never_mixed(spark, shards, tmp_path):
+    class Rounded(Darkness):
+        def __init__(self, pred_type):
+            super().__init__()
+            self._arrow_type = pa.type_for_alias(pred_type)
+
+    source = ShardSource(ShardInputs.parse(str(shards / "00000.tar")))
+    run_job(spark, source, Recipe.of(None, [Rounded("float")]), str(tmp_path / "out"))
+    with pytest.raises(JobError, match=r'darkness_score was "float", is now "double"'):
+        run_job(spark, source, Recipe.of(None, [Rounded("double")]), str(tmp_path / "out"))
 
 
 def test_an_output_without_norms_is_continued_without_them(spark, shards, embedder, tmp_path):

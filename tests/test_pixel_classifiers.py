@@ -37,6 +37,7 @@ from spark_nsfw.errors import (
 )
 from spark_nsfw.score import pipeline
 from spark_nsfw.score.download import file_sha256
+from spark_nsfw.score.pixels import decode_once
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.score.registry import DETECTOR_NAMES, detector_of
 
@@ -225,10 +226,15 @@ def test_a_hub_out_of_reach_names_the_file_and_where_to_give_it(tmp_path, monkey
         ({"model_name": "test_vit"}, r"give its weights \(model_path\)"),
         ({"model_name": "test_vit", "model_path": "x"}, "say which label means NSFW"),
         ({"model_name": "hf-hub:me/mine"}, "say which label means NSFW"),
+        ({"model_name": MARQO, "label": ["NSFW", "NSFW"]}, "a label is named twice"),
+        (
+            {"model_name": "test_vit", "model_path": "x", "label": "a", "label_names": ["a"]},
+            "has one label, 'a', and its softmax is always 1",
+        ),
         ({"model_name": MARQO, "label": "nsfw"}, "no label 'nsfw'; its labels are 'NSFW', 'SFW'"),
         (
-            {"model_name": "test_vit", "model_path": "x", "label": "a", "label_names": ["b"]},
-            "no label 'a'; its labels are 'b'",
+            {"model_name": "test_vit", "model_path": "x", "label": "a", "label_names": ["b", "c"]},
+            "no label 'a'; its labels are 'b', 'c'",
         ),
     ],
 )
@@ -303,16 +309,14 @@ def test_every_image_is_decoded_once_for_all(shards, embedder, monkeypatch):
     assert table.select(alone.column_names).equals(alone)
 
 
-def test_the_exact_pixels_of_one_do_not_change_the_fast_ones_of_another(shards, embedder):
+def test_the_exact_pixels_of_one_do_not_change_the_fast_ones_of_another(jpegs):
     """One that wants pillow's pixels makes pillow decode for all, and JPEGs stay the same."""
-    embedder.decode = "fast"
-    exact = Brightness(64)  # its transform is exact
-    both = score(Scorer(embedder, [exact, MeanEmbedding()], device="cpu"), shards)
-    alone = score(Scorer(embedder, [MeanEmbedding()], device="cpu"), shards)
-    moved = np.abs(
-        np.array(both["mean_score"].drop_null()) - np.array(alone["mean_score"].drop_null())
-    )
-    assert moved.max() < 1e-3
+    fast, exact = Transform(64, decode="fast"), Transform(64)
+    for jpeg in jpegs:
+        together = decode_once(jpeg, [fast, exact])
+        assert np.array_equal(together[0], decode_once(jpeg, [fast])[0])
+        assert np.array_equal(together[1], decode_once(jpeg, [exact])[0])
+    assert not np.array_equal(*together)
 
 
 def test_a_score_that_is_not_finite_is_no_score(shards):
@@ -410,6 +414,9 @@ def test_what_is_no_detector_is_refused():
 
 def test_another_preprocessing_is_another_recipe():
     classifiers = [
+        TimmImageClassifier("test_vit", "a", ["a", "b"], "x", model_path="x"),
+        TimmImageClassifier("test_vit", "a", ["b", "a"], "x", model_path="x"),
+        TimmImageClassifier("test_vit2", "a", ["a", "b"], "x", model_path="x"),
         OpenNsfwClassifier(),
         OpenNsfwClassifier(decode="fast"),
         OpenNsfwClassifier(jpeg_round_trip=False),
@@ -418,7 +425,7 @@ def test_another_preprocessing_is_another_recipe():
         Brightness(32, precision="bfloat16"),
     ]
     identities = {Recipe.of(None, [classifier]).identity for classifier in classifiers}
-    assert len(identities) == 6
+    assert len(identities) == len(classifiers)
 
 
 # Norms
@@ -521,3 +528,107 @@ def test_rows_without_an_image_have_no_score_of_either_kind(embedder, shards):
     scorer = Scorer(embedder, [*embedder.classifiers, Brightness()], device="cpu")
     (rows,) = scorer.score([batch])
     assert rows["brightness_score"].null_count == rows["nsfw_score"].null_count == rows.num_rows > 0
+
+
+@pytest.mark.parametrize("name", [":X", ".a:X"])
+def test_a_name_of_no_module_is_refused(name):
+    with pytest.raises(InputError, match=f"--detector {name}"):
+        detector_of(name)
+
+
+def test_timms_classifiers_are_not_in_a_models_directory():
+    with pytest.raises(InputError, match="--detector marqo=FILE"):
+        detector_of("marqo", models_dir="/models")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "at least 1 pixel"),
+        ({"size": 64, "resize": 32}, "less than the 64 that are cropped"),
+        ({"size": 64, "interpolation": "cubic"}, "'bicubic' or 'bilinear'"),
+        ({"size": 64, "decode": "quick"}, "--decode"),
+    ],
+)
+def test_a_transform_that_cannot_work_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Transform(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": -1}, "--batch-size"),
+        ({"num_threads_per_worker": 0}, "--num-threads"),
+        ({"precision": "fp16"}, "--precision"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Brightness(**arguments)
+
+
+def test_no_images_have_no_scores_and_paths_are_no_images():
+    assert Brightness().classify([], "cpu").shape == (0,)
+    with pytest.raises(InputError, match=r"images\[0\] is no bytes but str"):
+        Brightness().classify(["x.jpg"], "cpu")
+
+
+@pytest.mark.parametrize("column", ["status", "Key", "shard", "error_message"])
+def test_a_result_never_replaces_a_column_of_the_contract(column):
+    with pytest.raises(InputError, match=f"cannot go to the column {column}"):
+        Recipe.of(None, [Brightness(pred_column=column)])
+
+
+def test_labels_may_be_named_for_a_model_of_the_hub(tmp_path, monkeypatch, jpegs):
+    write_model(tmp_path / "model.safetensors", "test_vit", 2)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
+    monkeypatch.chdir(tmp_path)  # a relative path finds the config.json beside it
+    classifier = TimmImageClassifier(
+        "hf-hub:x/y", "nsfw", ["sfw", "nsfw"], model_path="model.safetensors"
+    )
+    other = TimmImageClassifier(
+        "hf-hub:x/y", "nsfw", ["nsfw", "sfw"], model_path="model.safetensors"
+    )
+    sums = classifier.classify(jpegs[:2], "cpu") + other.classify(jpegs[:2], "cpu")
+    assert np.allclose(sums, 1)
+    assert classifier.ready("cpu").describe()["label_names"] == ["sfw", "nsfw"]
+
+
+def test_the_models_own_arguments_are_heeded(tmp_path):
+    config = {"architecture": "test_vit", "label_names": ["a", "b"]}
+    write_model(tmp_path / "model.safetensors", "test_vit", 2)
+    arguments = {"global_pool": "avg", "class_token": False}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    classifier = TimmImageClassifier(
+        "hf-hub:x/y", "a", model_path=str(tmp_path / "model.safetensors")
+    )
+    with pytest.raises(WeightsMismatchError, match="unknown cls_token"):
+        classifier.ready("cpu")
+
+
+def test_a_file_that_a_users_code_opens_itself_is_checked_too(tmp_path):
+    class Own(Brightness):
+        def load_model(self, device):
+            factor = float(open(self.model_path).read())  # noqa: SIM115
+            return lambda pixels: pixels.mean(dim=(1, 2, 3)) * factor
+
+    path = tmp_path / "factor"
+    path.write_text("0.5")
+    ready = Own(model_path=str(path)).ready("cpu")
+    path.write_text("0.6")
+    ready._models = {}
+    with pytest.raises(ChecksumError, match="factor is not the expected file"):
+        ready.model("cpu")
+
+
+def test_a_tower_of_ones_own_is_told_from_another():
+    from spark_nsfw import ImageEmbedder
+
+    class Own(ImageEmbedder):
+        def __init__(self, seed):
+            super().__init__("own", embedding_size=8)
+            self.seed = seed
+
+    assert Own(1).describe() != Own(2).describe()
+    assert Own(1).describe() == Own(1).describe()

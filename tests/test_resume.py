@@ -30,6 +30,7 @@ from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.read.source import Unit
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.loop import tasks_of
 from spark_nsfw.spark.waves import Crashes, ReadFailures, WaveSizes, reason, write_apart
 from spark_nsfw.use.metadata import MetadataFiles
 
@@ -727,3 +728,13 @@ def test_a_missing_number_of_shards_is_refused(spark, inputs, embedder, tmp_path
 
 def test_scores_are_numbers(undisturbed):
     assert all(np.isfinite(row[3]) for row in undisturbed.values())
+
+
+def test_small_shards_share_a_task_and_large_ones_do_not():
+    def units(num_bytes, count):
+        return [Unit(str(n), f"/{n}.tar", num_bytes=num_bytes) for n in range(count)]
+
+    assert tasks_of(units(1 << 20, 100), 2) == 2
+    assert tasks_of(units(1 << 30, 100), 2) == 16
+    assert tasks_of(units(128 << 20, 4), 2) == 4
+    assert tasks_of(units(0, 100), 2) == 16  # nobody knows their size

@@ -76,12 +76,16 @@ def detectors(options: argparse.Namespace, **speed: Any) -> list[Detector[Any]]:
         InputError: one of them does not exist.
     """
     from spark_nsfw.score.registry import detector_of
+    from spark_nsfw.spark.worker import send_class_from
 
     # A class in the current directory is found like those that are installed …
     sys.path.append(str(Path.cwd()))
     chosen = list(options.detector or ["laion"])
-    if options.nsfw_checkpoint and not any(name.partition("=")[0] == "laion" for name in chosen):
-        raise InputError("--nsfw-checkpoint is for the detector laion: add --detector laion")
+    if options.nsfw_checkpoint and "laion" not in chosen:
+        raise InputError(
+            "--nsfw-checkpoint is for the detector laion without a file of its own: add "
+            "--detector laion, or leave one of the two files out"
+        )
     if options.aesthetic or options.aesthetic_checkpoint:
         chosen.append("aesthetic")
     paths = {"laion": options.nsfw_checkpoint, "aesthetic": options.aesthetic_checkpoint}
@@ -96,13 +100,7 @@ def detectors(options: argparse.Namespace, **speed: Any) -> list[Detector[Any]]:
         for name in chosen
     ]
     for detector in made:
-        module = sys.modules[type(detector).__module__]
-        if Path(module.__file__ or "/").is_relative_to(Path.cwd()) and (
-            module.__name__.partition(".")[0] != "spark_nsfw"
-        ):
-            from pyspark import cloudpickle
-
-            cloudpickle.register_pickle_by_value(module)  # … but not on the workers' machines
+        send_class_from(detector, Path.cwd())  # … but not on the workers' machines
     return made
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pyarrow.fs import FileType
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
-from spark_nsfw.files import is_hidden, iter_files
+from spark_nsfw.files import FileEntry, is_hidden, iter_files
 from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
 from spark_nsfw.storage import hadoop_path, is_below, path_below, resolve
@@ -92,13 +92,13 @@ class ShardInputs:
             InputError: two shards have one name.
             StorageError: they cannot be listed now.
         """
-        modified: dict[str, float] = dict(self._list_places())
+        listed: dict[str, FileEntry] = dict(self._list_places())
         for pattern in self.patterns:
             if is_pattern(_split(pattern)[1]):
-                modified |= _list_matches(pattern)
+                listed |= _list_matches(pattern)
         units: dict[str, Unit] = {}
-        for path in sorted(modified):
-            unit = Unit(self.shard_name(path), path, modified[path])
+        for path, entry in sorted(listed.items(), key=lambda item: item[0]):
+            unit = Unit(self.shard_name(path), path, entry.modified_seconds, entry.size)
             other = units.setdefault(unit.name, unit)
             if other is not unit:
                 raise InputError(
@@ -107,8 +107,8 @@ class ShardInputs:
                 )
         return sorted(units.values(), key=lambda unit: unit.name)
 
-    def _list_places(self) -> Iterator[tuple[str, float]]:
-        """Path and time of change of shards that are named or lie in a directory that is."""
+    def _list_places(self) -> Iterator[tuple[str, FileEntry]]:
+        """Path and entry of shards that are named or lie in a directory that is."""
         paths = [_split(pattern)[1] for pattern in self.patterns]
         places = [path.rstrip("/") for path in paths if not is_pattern(path)]
         if not places:
@@ -123,9 +123,9 @@ class ShardInputs:
             if info.type is FileType.File:
                 if not place.endswith(".tar"):
                     raise _nothing_in(url)
-                yield url, (info.mtime_ns or 0) / 1e9
+                yield url, FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
                 continue
-            found = [(f"{url}/{name}", seconds) for name, seconds in _iter_tars(url or "/")]
+            found = [(f"{url}/{entry.name}", entry) for entry in _iter_tars(url or "/")]
             if not found:
                 raise _nothing_in(url or "/")
             yield from found
@@ -177,20 +177,20 @@ def _below_root(pattern: str) -> str:
     return _split(pattern)[1][len(_root(pattern)) :].rstrip("/")
 
 
-def _list_matches(pattern: str) -> dict[str, float]:
-    """Path → time of change of the shards that a glob or a range names.
+def _list_matches(pattern: str) -> dict[str, FileEntry]:
+    """Path → entry of the shards that a glob or a range names.
 
     Raises:
         NothingToReadError: there are none, or none of one name in a range.
     """
     wanted = PathPattern(_below_root(pattern))
     url = _split(pattern)[0] + _root(pattern)
-    found: dict[str, float] = {}
+    found: dict[str, FileEntry] = {}
     matched: set[str] = set()
-    for name, seconds in _iter_tars(url, wanted):
-        matches = wanted.matches(name)
+    for entry in _iter_tars(url, wanted):
+        matches = wanted.matches(entry.name)
         if matches:
-            found[url + name] = seconds
+            found[url + entry.name] = entry
             matched.update(matches)
     missing = wanted.first_missing(matched)
     if missing is not None:
@@ -202,8 +202,8 @@ def _nothing_in(path: str) -> NothingToReadError:
     return NothingToReadError(f"{path} does not exist, or has no shard (*.tar) in it")
 
 
-def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[tuple[str, float]]:
-    """Name below a directory and time of change of the tars in it that are not hidden.
+def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[FileEntry]:
+    """The tars in a directory that are not hidden.
 
     Directories in which no tar is wanted are not walked.
     """
@@ -214,4 +214,4 @@ def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[tuple[st
     for entry in iter_files(url, skip=skip, follow_links=True):
         directory, _, base = entry.name.rpartition("/")
         if base.endswith(".tar") and base[0] not in "._" and not is_hidden(directory):
-            yield entry.name, entry.modified_seconds
+            yield entry

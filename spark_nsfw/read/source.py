@@ -28,11 +28,13 @@ class Unit:
         name: the column ``shard``; unique in its source.
         place: path or URL of its file or directory.
         modified_seconds: when it last changed, in Unix seconds; 0 if unknown.
+        num_bytes: its size; 0 if unknown.
     """
 
     name: str
     place: str
     modified_seconds: float = field(default=0.0, compare=False)
+    num_bytes: int = field(default=0, compare=False)
 
 
 class Source(Protocol):

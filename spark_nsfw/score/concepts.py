@@ -158,6 +158,7 @@ class ConceptClassifier(ImageClassifier):
                 f"{model_path} is no file of `spark-nsfw concepts build`: {exc!r}"
             ) from exc
         self.concepts = concepts
+        self._note: str = header.metadata[_TENSOR]
         self._columns = [prefix + column for column in _columns(concepts)]
         super().__init__(
             "concepts",
@@ -177,7 +178,6 @@ class ConceptClassifier(ImageClassifier):
     def describe(self) -> dict[str, Any]:
         """The columns, every concept with its prompts, and what made them."""
         described = super().describe()
-        described["pred_column"] = self._columns
         described["text_tower"] = self.text_tower
         described["concepts"] = {
             concept.name: {"prompts": list(concept.prompts), "against": concept.against}
@@ -191,6 +191,9 @@ class ConceptClassifier(ImageClassifier):
         Raises:
             WeightsError: the file cannot be had, or is not the one whose header was read.
         """
+        path = str(self.weights_file())
+        if read_header(path).metadata.get(_TENSOR) != self._note:
+            raise WeightsError(f"{self.model_path} has other concepts or prompts than at first")
         vectors = self.load_weights().get(_TENSOR)
         shape = (len(self.concepts), self.embedding_size)
         if vectors is None or tuple(vectors.shape) != shape or not torch.isfinite(vectors).all():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import pickle
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,6 +14,7 @@ import torch
 
 from spark_nsfw.errors import InputError, WeightsUnavailableError
 from spark_nsfw.score.checkpoint import load_state_dict
+from spark_nsfw.score.describing import is_foreign, public_attributes
 from spark_nsfw.score.download import PublishedFile, Weights, download, file_sha256, local_file
 
 __all__ = ["Detector", "TakesDetector"]
@@ -97,6 +96,8 @@ class Detector(Generic[_Model]):
     def model(self, device: str) -> _Model:
         """The network on ``device``, loaded once."""
         if device not in self._models:
+            if self._sha256 is not None and is_foreign(self):
+                self.weights_file()  # checked here, since its own code may just open the file
             self._models[device] = self._loaded(device)
         return self._models[device]
 
@@ -239,17 +240,7 @@ class Detector(Generic[_Model]):
         Raises:
             InputError: an attribute is neither plain data nor can it be pickled.
         """
-        attributes = {}
-        for name, value in sorted(vars(self).items()):
-            if name.startswith("_") or name in _NOT_DESCRIBED:
-                continue
-            try:
-                attributes[name] = _described(value)
-            except Exception as exc:
-                raise InputError(
-                    f"{type(self).__name__}.{name} cannot be told from another value ({exc}): "
-                    f"call it _{name} if no score depends on it, or define describe()"
-                ) from exc
+        attributes = public_attributes(self, _NOT_DESCRIBED)
         described: dict[str, Any] = {"classifier": type(self).__qualname__} | attributes
         weights = self.weights
         if weights is not None:
@@ -327,25 +318,3 @@ def _arrow_type(pred_type: Any) -> pa.DataType:
         raise InputError(
             f"pred_type is float, int, str, bool or the name of an Arrow type, not {pred_type!r}"
         ) from exc
-
-
-def _described(value: Any) -> bool | int | float | str | None:
-    """A value in a word; two that differ are never described alike, if they are data."""
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    if _is_plain(value):
-        return repr(value)
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-    if isinstance(array, np.ndarray) and array.dtype != object:
-        content = f"{array.dtype}{array.shape}".encode() + array.tobytes()
-    else:
-        content = pickle.dumps(value, protocol=4)
-    return f"{type(value).__qualname__} of sha256 {hashlib.sha256(content).hexdigest()}"
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return isinstance(value, (bool, int, float, str, type(None)))

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from spark_nsfw.errors import ImageError, InputError
+from spark_nsfw.score.describing import is_foreign, public_attributes
 from spark_nsfw.score.download import Weights, file_sha256, local_file
 from spark_nsfw.score.pixels import DECODES, Decode, Transform, decode_once
-from spark_nsfw.score.tower import PRECISIONS, Precision, Tower
+from spark_nsfw.score.tower import Precision, Tower, check_speed
 
 if TYPE_CHECKING:
     from spark_nsfw.score.detector import Detector
@@ -23,6 +24,19 @@ __all__ = ["CLIP_MEAN", "CLIP_STD", "ImageEmbedder", "TakesEmbedder"]
 #: Of the pixels that OpenAI's CLIP was trained on, per RGB channel, on a scale of 0 to 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+#: What decides where embeddings come from and go to, but not which they are.
+_NOT_DESCRIBED = (
+    "autocast",
+    "batch_size",
+    "checkpoint_path",
+    "classifiers",
+    "decode",
+    "image_embedding_column",
+    "models_dir",
+    "num_threads_per_worker",
+)
 
 
 class TakesEmbedder(Protocol):
@@ -89,17 +103,7 @@ class ImageEmbedder:
         decode: Decode = "fast",
         checkpoint_path: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"--batch-size (batch_size) is at least 1, not {batch_size}")
-        if num_threads_per_worker < 1:
-            raise InputError(
-                "--num-threads (num_threads_per_worker) is at least 1, "
-                f"not {num_threads_per_worker}"
-            )
-        if precision not in (None, *PRECISIONS):
-            raise InputError(
-                f"--precision (precision) is one of {', '.join(PRECISIONS)}, not {precision!r}"
-            )
+        check_speed(batch_size, num_threads_per_worker, precision)
         if decode not in DECODES:
             raise InputError(f"--decode (decode) is one of {', '.join(DECODES)}, not {decode!r}")
         self.model_name = model_name
@@ -209,8 +213,10 @@ class ImageEmbedder:
             "normalize_embeddings": self.normalize_embeddings,
             "preprocessing": f"OpenAI CLIP, {self.image_size} px, decode={self.decode}",
         }
-        if self._mean != CLIP_MEAN or self._std != CLIP_STD:
-            described["statistics"] = [list(self._mean), list(self._std)]
+        if is_foreign(self):
+            described["embedder"] = type(self).__qualname__
+            described["preprocessing"] = f"{self.transform}, statistics {self.statistics}"
+            described |= public_attributes(self, {*_NOT_DESCRIBED, *described})
         if weights is not None:
             described["weights"] = {"source": weights.source, "sha256": weights.sha256}
         return described
@@ -225,6 +231,8 @@ class ImageEmbedder:
             WeightsMismatchError: its tensors do not fit the tower.
         """
         if device not in self._towers:
+            if self._sha256 is not None and is_foreign(self):
+                self.weights_file()  # checked here, since its own code may just open the file
             network = self.load_embedding_model(device)
             precision = getattr(torch, self.precision_on(device))
             mean, std = self.statistics

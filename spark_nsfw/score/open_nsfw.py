@@ -114,7 +114,9 @@ class OpenNsfwClassifier(PixelClassifier):
         providers: list[Any] = ["CPUExecutionProvider"]
         where, there = torch.device(device), onnxruntime.get_available_providers()
         if where.type == "cuda" and "CUDAExecutionProvider" in there:
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": where.index or 0}))
+            providers.insert(
+                0, ("CUDAExecutionProvider", {"device_id": where.index or 0, "use_tf32": 0})
+            )
         try:
             session = onnxruntime.InferenceSession(os.fspath(path), options, providers)
         except Exception as exc:  # onnxruntime's exceptions have no common class
@@ -124,7 +126,12 @@ class OpenNsfwClassifier(PixelClassifier):
 
         def score(pixels: torch.Tensor) -> torch.Tensor:
             bgr = pixels.permute(0, 2, 3, 1).flip(3).cpu().numpy()
-            (probabilities,) = session.run(None, {name: bgr - mean})
+            try:
+                (probabilities,) = session.run(None, {name: bgr - mean})
+            except Exception as exc:  # onnxruntime's own, which is no RuntimeError
+                if "allocate memory" in str(exc):
+                    raise torch.cuda.OutOfMemoryError(str(exc)) from exc
+                raise
             return torch.from_numpy(probabilities[:, 1]).to(pixels.device)
 
         return score

@@ -27,7 +27,8 @@ def is_pickle(path: str | Path) -> bool:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        return file.read(1) == b"\x80"
+        start = file.read(2)
+    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5  # then comes the protocol
 
 
 def read_pickled_array(path: str | Path) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ import torch
 from spark_nsfw.errors import ImageError, InputError
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.pixels import Transform, decode_once
-from spark_nsfw.score.tower import Precision, Tower
+from spark_nsfw.score.tower import Precision, Tower, check_speed
 
 __all__ = ["PixelClassifier"]
 
@@ -63,8 +63,7 @@ class PixelClassifier(Detector[Tower]):
         models_dir: str | None = None,
     ) -> None:
         super().__init__(model_name, pred_column, pred_type, batch_size, model_path, models_dir)
-        if batch_size < 1:
-            raise InputError(f"--batch-size (batch_size) is at least 1, not {batch_size}")
+        check_speed(batch_size, num_threads_per_worker, precision)
         self.num_threads_per_worker = num_threads_per_worker
         self.autocast = autocast
         self.precision = precision
@@ -167,13 +166,16 @@ class PixelClassifier(Detector[Tower]):
         for start in range(0, len(images), self.batch_size):
             pixels = []
             for number, image in enumerate(images[start : start + self.batch_size], start):
+                given: Any = image
+                if not isinstance(given, (bytes, bytearray, memoryview)):
+                    raise InputError(f"images[{number}] is no bytes but {type(given).__name__}")
                 try:
                     pixels += decode_once(image, [ready.transform])
                 except ImageError as exc:
                     raise type(exc)(f"images[{number}]: {exc}") from exc
             with torch.inference_mode():
                 scores.append(ready.score(torch.from_numpy(np.stack(pixels)).to(device)).cpu())
-        return torch.cat(scores).numpy()
+        return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_settled": {}}

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from spark_nsfw.errors import OversizedImageError, UndecodableImageError
+from spark_nsfw.errors import InputError, OversizedImageError, UndecodableImageError
 
 __all__ = [
     "DECODES",
@@ -83,6 +83,9 @@ class Transform:
             did.
         decode: ``exact`` gives pillow's pixels bit for bit; ``fast`` comes close to them
             (docs/fidelity.md says how close).
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     size: int
@@ -92,6 +95,20 @@ class Transform:
     rgb_first: bool = False
     jpeg: bool = False
     decode: Decode = "exact"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"size is at least 1 pixel, not {self.size}")
+        if self.resize is not None and self.resize < self.size:
+            raise InputError(
+                f"resize is {self.resize} pixels, less than the {self.size} that are cropped"
+            )
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise InputError(
+                f"interpolation is 'bicubic' or 'bilinear', not {self.interpolation!r}"
+            )
+        if self.decode not in DECODES:
+            raise InputError(f"--decode (decode) is {' or '.join(DECODES)}, not {self.decode!r}")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after the resize."""

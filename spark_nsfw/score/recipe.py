@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from spark_nsfw.errors import EmbeddingWidthError, InputError
-from spark_nsfw.schema import EMBEDDING_NORM
+from spark_nsfw.schema import CONTRACT_COLUMNS, EMBEDDING_NORM
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.embedder import ImageEmbedder
@@ -69,6 +69,9 @@ class Recipe:
         names = [self.embedding_column, *self.score_columns]
         if self.embedder is not None:
             names.append(EMBEDDING_NORM)
+        contract = [name for name in names if name.casefold() in CONTRACT_COLUMNS]
+        if contract:
+            raise InputError(f"a result cannot go to the column {contract[0]}, which has a meaning")
         if len({name.casefold() for name in names}) < len(names):  # Spark ignores their case
             raise InputError(f"two results would go to one column: {', '.join(names)}")
 
@@ -235,7 +238,7 @@ class Recipe:
         ``embedder`` is left out where there is none. A sha256 is None until `ready`.
         """
         described: dict[str, Any] = {
-            "classifiers": [classifier.describe() for classifier in self.classifiers],
+            "classifiers": [_described(classifier) for classifier in self.classifiers],
             "rows": {"keep_embeddings": self.keep_embeddings},
         }
         if self.embedder is not None:
@@ -259,6 +262,13 @@ class Recipe:
         else:
             settings["embedding_size"] = self.embedding_size
         return json.dumps(settings, sort_keys=True)
+
+
+def _described(classifier: Detector[Any]) -> dict[str, Any]:
+    """A classifier's own description, and its columns where there are several."""
+    columns = classifier.result_columns
+    several = {} if columns == [classifier.pred_column] else {"columns": columns}
+    return classifier.describe() | several
 
 
 def _more_exact(own: str | None, given: str | None) -> str | None:

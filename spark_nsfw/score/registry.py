@@ -79,6 +79,10 @@ def detector_of(text: str, **options: Any) -> Detector[Any]:
         given.pop("batch_size", None)  # theirs is of embeddings
     if model_path:
         given["model_path"] = model_path
+    elif isinstance(make, partial) and options.get("models_dir"):
+        raise InputError(
+            f"--models has no files of timm's classifiers: give it with --detector {name}=FILE"
+        )
     try:
         return make(**given)
     except TypeError as exc:
@@ -94,7 +98,7 @@ def _class_of(name: str) -> type[Detector[Any]]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, ValueError, TypeError) as exc:
         raise InputError(f"--detector {name}: {exc}") from exc
     if not (isinstance(found, type) and issubclass(found, (ImageClassifier, PixelClassifier))):
         raise InputError(

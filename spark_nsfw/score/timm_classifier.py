@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from spark_nsfw.score.checkpoint import check_fit, load_state_dict
 from spark_nsfw.score.download import Weights, file_sha256, local_file, repository_file
 from spark_nsfw.score.pixel_classifier import PixelClassifier
 from spark_nsfw.score.pixels import Decode, Transform
-from spark_nsfw.score.tower import Precision, network_shape
+from spark_nsfw.score.tower import Precision
+from spark_nsfw.storage import absolute
 
 __all__ = ["TimmImageClassifier"]
 
@@ -34,11 +35,20 @@ class _Network:
         label_names: of the outputs, in order.
         data: timm's data config: ``input_size``, ``mean``, ``std``, ``interpolation``,
             ``crop_pct``, ``crop_mode``; what is left out is timm's own for the architecture.
+        arguments: further ones of `timm.create_model`.
     """
 
     architecture: str
     label_names: tuple[str, ...]
     data: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def create(self) -> nn.Module:
+        """The network, with random weights."""
+        network: nn.Module = timm.create_model(
+            self.architecture, **{**self.arguments, "num_classes": len(self.label_names)}
+        )
+        return network
 
 
 #: Detectors that need no look at the hub to be described, with the labels that mean NSFW.
@@ -118,6 +128,8 @@ class TimmImageClassifier(PixelClassifier):
         )
         self.decode: Decode = decode
         self._network = known
+        self._config: dict[str, Any] | None = None
+        self._label_names = None if label_names is None else tuple(label_names)
         if not model_name.startswith(_HUB):
             if not timm.is_model(model_name):
                 raise InputError(
@@ -126,11 +138,9 @@ class TimmImageClassifier(PixelClassifier):
                 )
             if model_path is None:
                 raise InputError(f"{model_name} is an architecture: give its weights (model_path)")
-            self._network = _Network(model_name, tuple(label_names or ()), {})
-        if label_names is not None and self._network is not None:
-            self._network = _Network(
-                self._network.architecture, tuple(label_names), self._network.data
-            )
+            self._network = _Network(model_name, (), {})
+        if self._label_names is not None and self._network is not None:
+            self._network = replace(self._network, label_names=self._label_names)
         if not labels:
             raise InputError(
                 f"{model_name}: say which label means NSFW, such as label='nsfw'"
@@ -141,6 +151,14 @@ class TimmImageClassifier(PixelClassifier):
             self._refuse_unknown_labels(self._network)
 
     def _refuse_unknown_labels(self, network: _Network) -> None:
+        named = network.label_names
+        if len({*named}) < len(named) or len({*self.labels}) < len(self.labels):
+            raise InputError(f"{self.model_name}: a label is named twice")
+        if len(named) == 1:
+            raise InputError(
+                f"{self.model_name} has one label, {named[0]!r}, and its softmax is always 1: "
+                "write a PixelClassifier for it"
+            )
         unknown = [label for label in self.labels if label not in network.label_names]
         if unknown:
             raise InputError(
@@ -161,8 +179,12 @@ class TimmImageClassifier(PixelClassifier):
 
     @property
     def _data_config(self) -> dict[str, Any]:
-        shape = network_shape(self.network.architecture, None)
-        return dict(timm.data.resolve_data_config(dict(self.network.data), model=shape))
+        if self._config is None:
+            with torch.device("meta"):
+                shape = self.network.create()
+            data = dict(self.network.data)
+            self._config = dict(timm.data.resolve_data_config(data, model=shape))
+        return self._config
 
     @property
     def transform(self) -> Transform:
@@ -222,6 +244,8 @@ class TimmImageClassifier(PixelClassifier):
     def _settle(self) -> None:
         if self._network is None:
             self._network = self._hub_network()
+            if self._label_names is not None:
+                self._network = replace(self._network, label_names=self._label_names)
             self._refuse_unknown_labels(self._network)
         self._sha256 = file_sha256(self.weights_file())
         self.load_model("cpu")  # so that a file that does not fit is refused now
@@ -233,7 +257,7 @@ class TimmImageClassifier(PixelClassifier):
             WeightsError: it cannot be had, or is not timm's.
         """
         if self.model_path is not None:
-            path = str(local_file(self.model_path.rpartition("/")[0] + "/config.json"))
+            path = str(local_file(absolute(self.model_path).rpartition("/")[0] + "/config.json"))
         else:
             path = repository_file(
                 self.model_name.removeprefix(_HUB),
@@ -244,12 +268,15 @@ class TimmImageClassifier(PixelClassifier):
         try:
             config = json.loads(Path(path).read_text(encoding="utf-8"))
             data = config.get("pretrained_cfg", config)
-            names = config.get("label_names") or data.get("label_names") or ()
+            names = (
+                config.get("label_names") or data.get("label_names") or config.get("labels") or ()
+            )
             wanted = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
             return _Network(
                 config["architecture"],
                 tuple(names),
                 {key: data[key] for key in wanted if key in data},
+                dict(config.get("model_args") or {}),
             )
         except (ValueError, KeyError, AttributeError) as exc:
             raise WeightsError(f"{path} is no configuration of a timm model: {exc!r}") from exc
@@ -265,6 +292,8 @@ class TimmImageClassifier(PixelClassifier):
             "weights": {"source": self.weights.source, "sha256": self.weights.sha256},
         }
         if self._network is not None:
+            described["architecture"] = [self._network.architecture, self._network.arguments]
+            described["label_names"] = list(self._network.label_names)
             mean, std = self.statistics
             described["preprocessing"] = f"{self.transform}, mean {mean}, std {std}"
         return described
@@ -277,7 +306,7 @@ class TimmImageClassifier(PixelClassifier):
         """
         network, path = self.network, self.weights_file()
         names = network.label_names
-        model = timm.create_model(network.architecture, num_classes=len(names))
+        model = network.create()
         tensors = load_state_dict(path)
         check_fit(str(path), tensors, model.state_dict())
         model.load_state_dict(tensors)

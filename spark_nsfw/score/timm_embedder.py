@@ -68,12 +68,13 @@ class TimmImageEmbedder(ImageEmbedder):
         normalize_embeddings: bool = True,
         classifiers: Sequence[Detector[Any]] = (),
         autocast: bool = True,
+        use_index_files: bool = False,
+        *,
         checkpoint_path: str | None = None,
         precision: Precision | None = None,
         embedding_size: int | None = None,
         decode: Decode = "fast",
         models_dir: str | None = None,
-        use_index_files: bool = False,
     ) -> None:
         if not timm.is_model(model_name):
             raise InputError(

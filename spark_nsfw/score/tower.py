@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
+from spark_nsfw.errors import InputError
 from spark_nsfw.score.blocks import in_blocks
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "Precision",
     "Tower",
+    "check_speed",
     "create_network",
     "network_shape",
     "with_timm_names",
@@ -29,6 +31,22 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 #: On a CPU every forward pass has this many images, so that an embedding depends on nothing
 #: but its image. More at a time are no faster.
 CPU_BLOCK_IMAGES = 8
+
+
+def check_speed(batch_size: int, num_threads: int, precision: str | None) -> None:
+    """Refuse what no model on pixels can run with.
+
+    Raises:
+        InputError: names the option.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch-size (batch_size) is at least 1, not {batch_size}")
+    if num_threads < 1:
+        raise InputError(f"--num-threads (num_threads_per_worker) is at least 1, not {num_threads}")
+    if precision not in (None, *PRECISIONS):
+        raise InputError(
+            f"--precision (precision) is one of {', '.join(PRECISIONS)}, not {precision!r}"
+        )
 
 
 class Tower(nn.Module):

@@ -41,7 +41,8 @@ _ALWAYS = {
 }
 
 #: On a local disk. Hadoop's checksum files double the number of files, and without its native
-#: library each one costs two more processes (``chmod``); Parquet has checksums of its own.
+#: library each one costs two more processes (``chmod``). The price: damage on a local disk is
+#: not noticed by reading, unless a reader checks Parquet's own checksums.
 _NO_CHECKSUM_FILES = {
     "fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
     "fs.file.impl.disable.cache": "true",

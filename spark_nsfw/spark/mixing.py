@@ -12,6 +12,7 @@ from spark_nsfw.note import PROVENANCE, refuse_another_note
 from spark_nsfw.schema import SCHEMA_PARTITION, SHARD
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.output import Output
+from spark_nsfw.spark.types import spark_schema
 
 __all__ = ["made_columns", "refuse_mixing"]
 
@@ -49,11 +50,17 @@ def refuse_mixing(output: Output, recipe: Recipe, now: dict[str, Any], allow_cha
     before["inputs"].setdefault("kind", now["inputs"]["kind"])
     before, now = _with_one_name_for_s3(before), _with_one_name_for_s3(now)
     columns = made_columns(existing)
-    results = recipe.result_columns
+    results = spark_schema(recipe.result_fields)
     refuse_another_note(
         output.url,
         {name: before.get(name) for name in _NEVER_MIXED} | {"result_columns": sorted(columns)},
-        {name: now[name] for name in _NEVER_MIXED} | {"result_columns": sorted(results)},
+        {name: now[name] for name in _NEVER_MIXED} | {"result_columns": sorted(results.names)},
+        "or --overwrite to start anew",
+    )
+    refuse_another_note(
+        output.url,
+        {"result_types": {name: existing[name].dataType.simpleString() for name in columns}},
+        {"result_types": {name: results[name].dataType.simpleString() for name in columns}},
         "or --overwrite to start anew",
     )
     if not allow_changes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -17,7 +19,14 @@ from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.score.scorer import Scorer
 from spark_nsfw.score.stored import StoredScorer
 
-__all__ = ["choose_device", "device_kind", "recipe_identity", "worker_device", "worker_scorer"]
+__all__ = [
+    "choose_device",
+    "device_kind",
+    "recipe_identity",
+    "send_class_from",
+    "worker_device",
+    "worker_scorer",
+]
 
 #: What a worker says where there should be a GPU and is none.
 _NO_GPU = "no GPU"
@@ -89,6 +98,18 @@ def worker_device(device: str | None = None) -> str:
     if torch.device(chosen).type == "cuda":
         torch.cuda.set_device(chosen)  # pinned memory would open a context on the first GPU
     return chosen
+
+
+def send_class_from(model: object, directory: Path) -> None:
+    """Let a model's class travel to the workers as code if its module lies in a directory.
+
+    Other classes travel as the name of their module, which workers import.
+    """
+    module = sys.modules[type(model).__module__]
+    place = Path(getattr(module, "__file__", None) or "/")
+    is_installed = "site-packages" in place.parts or module.__name__.startswith("spark_nsfw.")
+    if place.is_relative_to(directory) and not is_installed:
+        cloudpickle.register_pickle_by_value(module)
 
 
 def recipe_identity(recipe: Recipe) -> str:
