@@ -37,7 +37,6 @@ from spark_nsfw import (
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.spark.loop import tasks_of
 from spark_nsfw.spark.plans import metadata_rows
 
 BATCH_SIZE = 64
@@ -216,9 +215,7 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
 
     return {
         "b: fused plan": through(
-            lambda: metadata_rows(
-                spark, units, source, recipe, source.schema(), num_tasks=tasks_of(units, cores)
-            )
+            lambda: metadata_rows(spark, units, source, recipe, source.schema())
         ),
         "c: DataFrame plan": through(
             lambda: score_samples(

@@ -22,6 +22,7 @@ from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.cluster import num_slots
 from spark_nsfw.spark.export import ExportSummary, export_rows, plan_digest
 from spark_nsfw.spark.job import JobOptions, write_units
 from spark_nsfw.spark.output import ParquetOutput, noted_schema, num_tasks_for, with_note
@@ -29,7 +30,7 @@ from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
 from spark_nsfw.spark.types import quoted
-from spark_nsfw.spark.units import sample_rows
+from spark_nsfw.spark.units import sample_rows, tasks_of
 from spark_nsfw.spark.worker import device_kind
 from spark_nsfw.use.metadata import refuse_names, refuse_place
 from spark_nsfw.use.regroup import ExportOptions
@@ -133,7 +134,8 @@ class ImageTextPairDataset:
 
     def _rows(self, units: Sequence[Unit]) -> DataFrame:
         schema = self._source.schema(units=self._units)
-        num_tasks = num_tasks_for(len(units), _TASKS)
+        wanted = tasks_of(units, num_slots(self.spark), _TASKS)
+        num_tasks = num_tasks_for(len(units), wanted)
         if not self._recipe.reads_images:
             rows = sample_rows(
                 self.spark, units, self._source, schema, images=False, num_tasks=num_tasks

@@ -30,7 +30,7 @@ from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.read.source import Unit
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.job import JobOptions, run_job
-from spark_nsfw.spark.loop import tasks_of
+from spark_nsfw.spark.units import tasks_of
 from spark_nsfw.spark.waves import Crashes, ReadFailures, WaveSizes, reason, write_apart
 from spark_nsfw.use.metadata import MetadataFiles
 
@@ -734,7 +734,8 @@ def test_small_shards_share_a_task_and_large_ones_do_not():
     def units(num_bytes, count):
         return [Unit(str(n), f"/{n}.tar", num_bytes=num_bytes) for n in range(count)]
 
-    assert tasks_of(units(1 << 20, 100), 2) == 2
-    assert tasks_of(units(1 << 30, 100), 2) == 16
-    assert tasks_of(units(128 << 20, 4), 2) == 4
-    assert tasks_of(units(0, 100), 2) == 16  # nobody knows their size
+    assert tasks_of(units(1 << 20, 100), 2, 16) == 2
+    assert tasks_of(units(1 << 30, 100), 2, 16) == 16
+    assert tasks_of(units(128 << 20, 4), 2, 16) == 4
+    assert tasks_of(units(128 << 20, 1), 2, 1) == 2
+    assert tasks_of(units(0, 100), 2, 16) == 16  # nobody knows their size

@@ -44,7 +44,7 @@ from spark_nsfw.spark.output import Output, num_tasks_for, with_note
 from spark_nsfw.spark.plans import PLANS, Plan, metadata_rows
 from spark_nsfw.spark.progress import Progress, ProgressStyle
 from spark_nsfw.spark.types import spark_schema
-from spark_nsfw.spark.units import StatusCounts
+from spark_nsfw.spark.units import StatusCounts, tasks_of
 from spark_nsfw.spark.waves import (
     Crashes,
     ReadFailures,
@@ -56,14 +56,10 @@ from spark_nsfw.spark.waves import (
 from spark_nsfw.use.metadata import refuse_names
 from spark_nsfw.use.summary import counted
 
-__all__ = ["WATCH_SECONDS", "JobOptions", "Run", "tasks_of"]
+__all__ = ["WATCH_SECONDS", "JobOptions", "Run"]
 
 #: Tasks that a slot gets in a wave, so that slow units do not queue behind each other.
 _TASKS_PER_SLOT = 8
-
-#: A task fills its pipeline at its start and drains it at its end, a fraction of a second in
-#: which cores idle: small shards share a task.
-_TASK_BYTES = 128 << 20
 
 #: How often a run scores units whose rows do not turn up.
 _MAX_ROUNDS = 3
@@ -105,15 +101,6 @@ class JobOptions:
             raise InputError(f"--plan (plan) is {' or '.join(map(repr, PLANS))}, not {self.plan!r}")
         if self.shards_per_wave is not None and self.shards_per_wave < 1:
             raise InputError("--shards-per-wave (shards_per_wave) is at least 1")
-
-
-def tasks_of(units: Sequence[Unit], slots: int) -> int:
-    """Tasks for the units of a wave: not so many that each is over before it is in full swing."""
-    num_bytes = sum(unit.num_bytes for unit in units)
-    if num_bytes == 0:  # nobody knows
-        return _TASKS_PER_SLOT * slots
-    rounds = -(-num_bytes // (_TASK_BYTES * slots))
-    return slots * min(_TASKS_PER_SLOT, rounds)
 
 
 @dataclass
@@ -318,7 +305,8 @@ class Run:
 
     def _write(self, units: Sequence[Unit]) -> None:
         """Score units and append their rows."""
-        num_tasks = num_tasks_for(len(units), tasks_of(units, self.slots))
+        wanted = tasks_of(units, self.slots, _TASKS_PER_SLOT * self.slots)
+        num_tasks = num_tasks_for(len(units), wanted)
         rows = metadata_rows(
             self.spark, units, self.source, self.recipe, self.schema, self.options.plan,
             num_tasks=num_tasks, counts=self.counts,

@@ -17,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from spark_nsfw.read.source import Rows, Source, Unit
 from spark_nsfw.schema import IMAGE, STATUS, Status
-from spark_nsfw.spark.cluster import reader_workers
+from spark_nsfw.spark.cluster import num_slots, reader_workers
 from spark_nsfw.spark.types import spark_schema
 
 __all__ = [
@@ -25,12 +25,17 @@ __all__ = [
     "count_rows",
     "iter_unit_rows",
     "sample_rows",
+    "tasks_of",
     "unit_numbers",
     "units_of",
 ]
 
 #: Tasks where nobody says how many.
 _MAX_TASKS = 1024
+
+#: A task fills its pipeline at its start and drains it at its end, a fraction of a second in
+#: which cores idle: small shards share a task.
+_TASK_BYTES = 128 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -111,10 +116,26 @@ def units_of(batches: Iterable[pa.RecordBatch], units: Sequence[Unit]) -> Iterat
             yield units[number]
 
 
+def tasks_of(units: Sequence[Unit], slots: int, at_most: int) -> int:
+    """Tasks for some units: not so many that each is over before it is in full swing.
+
+    Args:
+        units: to be sliced.
+        slots: tasks that run at a time; so many there are at least.
+        at_most: taken where nobody knows how large the units are.
+    """
+    num_bytes = sum(unit.num_bytes for unit in units)
+    if num_bytes == 0:
+        return at_most
+    rounds = -(-num_bytes // (_TASK_BYTES * slots))
+    return min(slots * rounds, max(slots, at_most))
+
+
 def unit_numbers(spark: SparkSession, units: Sequence[Unit], num_tasks: int | None) -> DataFrame:
     """A row with a number for each unit, sliced without a shuffle.
 
     A unit goes to one task, the same one however often a stage is tried.
     """
-    num_tasks = min(max(1, len(units)), num_tasks or _MAX_TASKS)
+    num_tasks = num_tasks or tasks_of(units, num_slots(spark), _MAX_TASKS)
+    num_tasks = min(max(1, len(units)), num_tasks)
     return spark.range(0, len(units), 1, num_tasks)
