@@ -113,6 +113,31 @@ def test_of_two_writes_of_a_unit_one_stays(spark, inputs, finished, output, embe
     assert {file.name for file in (output / "shard=00001").iterdir()} == {kept}
 
 
+def test_a_double_that_another_run_deletes_meanwhile_is_no_error(output, finished, monkeypatch):
+    file = data_file(output, "00001")
+    second = file.with_name(f"part-00000-{OTHER_WRITE}.c000.zstd.parquet")
+    shutil.copyfile(file, second)
+    look, deleted = MetadataFiles._is_set_aside, []
+
+    def delete_then_look(files, name):
+        if not deleted:
+            deleted.append(max(file, second))
+            deleted[0].unlink()
+        return look(files, name)
+
+    monkeypatch.setattr(MetadataFiles, "_is_set_aside", delete_then_look)
+    assert len(MetadataFiles(str(output)).done()) == 4
+    assert min(file, second).exists()
+
+    def vanish(files, name):
+        raise FileNotFoundError(name)
+
+    shutil.copyfile(min(file, second), deleted[0])
+    monkeypatch.setattr(MetadataFiles, "_is_set_aside", vanish)
+    with pytest.raises(StorageError, match="its files keep vanishing"):
+        MetadataFiles(str(output)).done()
+
+
 def test_a_task_that_ran_twice_under_two_numbers_is_seen(output, finished):
     file = data_file(output, "00001")
     split = int(file.name.split("-")[1])

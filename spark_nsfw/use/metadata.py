@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from spark_nsfw.errors import InputError, JobError
+from spark_nsfw.errors import InputError, JobError, StorageError
 from spark_nsfw.files import (
     FileEntry,
     delete_empty_directories,
@@ -47,6 +47,9 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _SCHEMA_FILE = f"{SHARD}={SCHEMA_PARTITION}/part-00000-schema.zstd.parquet"
+
+#: How often an output is listed whose files vanish before they are looked at.
+_MAX_LISTINGS = 10
 
 _SPARK_SCHEMA_KEY = "org.apache.spark.sql.parquet.row.metadata"
 
@@ -177,7 +180,16 @@ class MetadataFiles:
 
         Raises:
             JobError: two writes made a unit's rows with different settings.
+            StorageError: files vanish as fast as they are listed.
         """
+        for _ in range(_MAX_LISTINGS):
+            try:
+                return self._done()
+            except FileNotFoundError as exc:  # a run beside this one has deleted a double
+                _log.info("%s is listed again: %s", self.url, exc)
+        raise StorageError(f"{self.url} cannot be listed: its files keep vanishing")
+
+    def _done(self) -> set[str]:
         units = self._data_files()
         units.pop(SCHEMA_PARTITION, None)
         doubled = [
