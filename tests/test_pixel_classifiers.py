@@ -632,3 +632,18 @@ def test_a_tower_of_ones_own_is_told_from_another():
 
     assert Own(1).describe() != Own(2).describe()
     assert Own(1).describe() == Own(1).describe()
+
+
+def test_transforms_that_differ_are_told_apart_in_words():
+    transforms = [
+        Transform(64),
+        Transform(65),
+        Transform(64, resize=65),
+        Transform(64, squash=True),
+        Transform(64, interpolation="bilinear"),
+        Transform(64, rgb_first=True),
+        Transform(64, jpeg=True),
+        Transform(64, decode="fast"),
+    ]
+    assert len({str(transform) for transform in transforms}) == len(transforms)
+    assert str(Transform(64, resize=64)) == str(transforms[0])  # the same pixels

@@ -110,6 +110,18 @@ class Transform:
         if self.decode not in DECODES:
             raise InputError(f"--decode (decode) is {' or '.join(DECODES)}, not {self.decode!r}")
 
+    def __str__(self) -> str:
+        """All that decides about the pixels, in words."""
+        to = self.resize or self.size
+        parts = [
+            f"{self.size} px of {f'{to} x {to}' if self.squash else f'shorter side {to}'}",
+            self.interpolation,
+            "RGB first" if self.rgb_first else "RGB last",
+            *(["through JPEG"] if self.jpeg else []),
+            f"decode={self.decode}",
+        ]
+        return ", ".join(parts)
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after the resize."""
         to = self.resize or self.size
