@@ -8,12 +8,12 @@ elsewhere Yahoo's open_nsfw, whose weights come in a package.
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pyspark.sql import functions as F
 
 from examples.photographs import (
     damaged_samples,
@@ -115,22 +115,26 @@ def run(directory: Path) -> int:
         return 2
     directory.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    for left_over in (shards, output):
-        shutil.rmtree(left_over, ignore_errors=True)
     make_shards(shards)
     arguments, meaning = choose_detector()
+    if output.exists():
+        arguments += ["--overwrite", "--yes"]  # deletes what score wrote, nothing else
     print(f"{meaning}\n")
     status = say_and_run("score", str(shards), str(output), *arguments)
+    if status:
+        return status
     metadata = active_or_local_session().read.parquet(str(output))
     scores = [name for name in metadata.columns if name.endswith("_score")]
     print("The photographs as they are:")
     metadata.where("shard = 'originals'").select("key", *scores).orderBy(scores[0]).show(20)
+    print("The highest scores:")
+    metadata.select("shard", "key", *scores).orderBy(F.desc(scores[0])).show(5)
     print("What could not be scored:")
     failed = metadata.where("status != 'ok'").select("shard", "key", "status", "error_message")
     failed.orderBy("shard", "key").show(50, truncate=60)
-    told = say_and_run("report", str(output), "-o", str(report), "--shards", str(shards))
+    status = say_and_run("report", str(output), "-o", str(report), "--shards", str(shards))
     print(f"{meaning}\nOpen {report} in a browser: it shows what every threshold keeps.")
-    return status or told
+    return status
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def read_footers(output: str) -> list[Footer]:
         return list(pool.map(_footer, files))
 
 
-def inspect_output(output: str) -> dict[str, list[str]]:
-    """The notes of an output's Parquet files: note as indented JSON → the files that have it.
+def inspect_output(output: str) -> dict[str, list[Footer]]:
+    """The notes of an output's Parquet files: note as indented JSON → the files' footers.
 
     Args:
         output: directory of Parquet files, or one file; a path or URL.
@@ -92,10 +92,10 @@ def inspect_output(output: str) -> dict[str, list[str]]:
     Raises:
         InputError: there are no Parquet files.
     """
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, list[Footer]] = {}
     for footer in read_footers(output):
         note = footer.problem or json.dumps(footer.note, indent=2, sort_keys=True)
-        notes.setdefault(note, []).append(footer.file)
+        notes.setdefault(note, []).append(footer)
     return notes
 
 

@@ -153,7 +153,7 @@ def test_a_checkpoint_with_openais_own_entries_or_of_several_gpus(tmp_path, tiny
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("a: [b", "is no YAML"),
+        ("a: [b", "is not YAML"),
         ("", "has no concepts"),
         ("- a\n- b", "has no concepts"),
         ("a: []", "'a' has no prompts"),
@@ -165,11 +165,11 @@ def test_a_checkpoint_with_openais_own_entries_or_of_several_gpus(tmp_path, tiny
         ("a: {prompts: [x], against: b}", "against 'b', which is not there; there are a"),
         ("a: {prompts: [x], against: [b]}", "names one concept"),
         ("a: {prompts: [x], against: a}", "against itself"),
-        ("1: [x]", "1 is no name"),
+        ("1: [x]", "1 is not a name"),
         ("a b: [x]", "'a b': a name is of letters"),
         ("a: [x]\na: [y]", "has 'a' twice"),
         ("a: [x]\nA: [y]", "would have one column"),
-        ("? [a]\n: [x]", "is no YAML"),
+        ("? [a]\n: [x]", "is not YAML"),
     ],
 )
 def test_prompts_that_cannot_work_say_why(text, complaint):
@@ -194,7 +194,7 @@ def test_yaml_gives_plain_concepts():
 
 def test_yaml_makes_no_objects(tmp_path):
     text = f"a: !!python/object/apply:os.mkdir ['{tmp_path}/ran']"
-    with pytest.raises(InputError, match="no YAML"):
+    with pytest.raises(InputError, match="is not YAML"):
         parse_prompts(text, "p.yaml")
     assert not (tmp_path / "ran").exists()
 
@@ -208,7 +208,11 @@ def test_arguments_that_cannot_work_are_one_line(tmp_path, tiny, capsys):
         ([prompts, output, "--pretrained", "none"], 2, "openai"),
         ([prompts, output, "--model", "none", "--checkpoint", tiny[1]], 2, "no model 'none'"),
         ([prompts, output, "--model", "ViT-L-14"], 2, "ViT-L-14-quickgelu"),
-        ([prompts, output, "--model", "coca_ViT-L-14", "--checkpoint", tiny[1]], 2, "no CLIP's"),
+        (
+            [prompts, output, "--model", "coca_ViT-L-14", "--checkpoint", tiny[1]],
+            2,
+            "is not CLIP's",
+        ),
         ([prompts, output, "--checkpoint", "/nowhere/clip.pt"], 1, "/nowhere/clip.pt"),
     ]:
         assert main(["concepts", "build", *arguments]) == status
@@ -240,7 +244,7 @@ def test_a_file_that_is_none_of_concepts_is_refused(tmp_path):
         ConceptClassifier(models_dir="/nowhere/")
     vectors = torch.eye(2)
     save_file({"concepts": vectors}, tmp_path / "bad")
-    with pytest.raises(WeightsError, match=r"bad is no file of `spark-nsfw concepts build`"):
+    with pytest.raises(WeightsError, match=r"bad was not written by `spark-nsfw concepts build`"):
         ConceptClassifier(model_path=str(tmp_path / "bad"))
     concepts = [Concept("a", ("x",)), Concept("b", ("y",), "a")]
     for some, rows in ((concepts[:1], vectors), (concepts[1:], vectors[:1]), ([], vectors[:0])):
@@ -251,5 +255,5 @@ def test_a_file_that_is_none_of_concepts_is_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"bad does not hold \(2, 2\) finite numbers"):
         ConceptClassifier(model_path=str(tmp_path / "bad")).for_embedding_size(2)
     (tmp_path / "bad").write_bytes(b"PK\x03\x04")
-    with pytest.raises(WeightsError, match=r"bad is no safetensors file"):
+    with pytest.raises(WeightsError, match=r"bad is not a safetensors file"):
         ConceptClassifier(model_path=str(tmp_path / "bad"))

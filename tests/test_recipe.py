@@ -175,7 +175,12 @@ def test_getting_ready_leaves_the_recipe_as_it_was(tower_path, detector_path):
                 "variant": "torch",
                 "weights": {"source": detector_path, "sha256": DETECTOR_SHA256},
             },
-            {"classifier": "Mean", "embedding_size": None, "pred_column": "mean"},
+            {
+                "classifier": "Mean",
+                "embedding_size": None,
+                "pred_column": "mean",
+                "code_sha256": code_sha256(Mean()),
+            },
         ],
         "rows": {"keep_embeddings": True},
     }

@@ -70,7 +70,7 @@ def device(text: str) -> str:
     name, colon, number = text.partition(":")
     if name not in _DEVICES or (colon and not number.isdecimal()):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no torch device, such as cpu, cuda or cuda:1"
+            f"{text!r} is not a torch device such as cpu, cuda or cuda:1"
             + _suggestion(name, _DEVICES)
         )
     return text

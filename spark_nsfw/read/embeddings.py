@@ -91,7 +91,9 @@ class EmbeddingSource:
         for name in (id_col, *([] if files[0].npy else [embedding_column])):
             if name not in merged.names:
                 raise InputError(
-                    f"{metadata} has no column {name!r}; there are {', '.join(merged.names)}"
+                    f"{metadata} has no column {name!r}; there are {', '.join(merged.names)}. "
+                    "`spark-nsfw score --model …` writes embeddings; --embedding-column and "
+                    "--id-col name other columns"
                 )
         notes = [note_in(footer.metadata or {}) for footer in footers]
         # img2dataset's sidecars have columns of these names, too, with another meaning.

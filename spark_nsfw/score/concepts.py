@@ -155,7 +155,7 @@ class ConceptClassifier(ImageClassifier):
             self.text_tower: dict[str, Any] = note["text_tower"]
         except (ValueError, KeyError, TypeError) as exc:
             raise WeightsError(
-                f"{model_path} is no file of `spark-nsfw concepts build`: {exc!r}"
+                f"{model_path} was not written by `spark-nsfw concepts build`: {exc!r}"
             ) from exc
         self.concepts = concepts
         self._note: str = header.metadata[_TENSOR]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -12,12 +14,38 @@ import torch
 
 from spark_nsfw.errors import InputError
 
-__all__ = ["is_foreign", "public_attributes"]
+__all__ = ["code_sha256", "is_foreign", "public_attributes"]
+
+
+#: Packages whose classes are nobody's own.
+_NOT_OWN = {"spark_nsfw", "builtins", "typing", "abc", "torch", "timm"}
 
 
 def is_foreign(model: object) -> bool:
     """Whether its class is a user's own."""
     return not type(model).__module__.startswith("spark_nsfw.")
+
+
+def code_sha256(model: object) -> str | None:
+    """The sha256 of the source of a user's own class, in hex; None if there is none to be had.
+
+    Of the whole module, since a score may depend on its functions, and of those that hold the
+    base classes; of the class alone where the module has no file, as in a notebook.
+    """
+    sources = []
+    for kind in type(model).__mro__:
+        package = kind.__module__.partition(".")[0]
+        if package in _NOT_OWN:
+            continue
+        for source_of in (sys.modules.get(kind.__module__), kind):
+            try:
+                sources.append(inspect.getsource(source_of))  # type: ignore[arg-type]
+                break
+            except (OSError, TypeError):  # it has no file, or is None
+                continue
+    if not sources:
+        return None
+    return hashlib.sha256("\0".join(dict.fromkeys(sources)).encode()).hexdigest()
 
 
 def public_attributes(model: object, left_out: Collection[str]) -> dict[str, Any]:

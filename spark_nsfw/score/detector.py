@@ -152,7 +152,7 @@ class Detector(Generic[_Model]):
             ]
         except (pa.ArrowException, ValueError) as exc:
             wanted = ", ".join(f"{field.name} ({field.type})" for field in fields)
-            raise InputError(f"{type(self).__name__} gives no {wanted}: {exc}") from exc
+            raise InputError(f"{type(self).__name__} does not give {wanted}: {exc}") from exc
 
     @property
     def _postprocesses(self) -> bool:
@@ -215,10 +215,14 @@ class Detector(Generic[_Model]):
         Raises:
             WeightsError: there is no file, or it cannot be had or read.
         """
+        return load_state_dict(self._needed_file())
+
+    def _needed_file(self) -> Path:
+        """As `weights_file`, for a detector that cannot do without one."""
         path = self.weights_file()
         if path is None:
             raise WeightsUnavailableError(f"{type(self).__name__} has no file: give model_path")
-        return load_state_dict(path)
+        return path
 
     @property
     def weights(self) -> Weights | None:

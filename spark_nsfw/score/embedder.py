@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spark_nsfw.errors import ImageError, InputError
+from spark_nsfw.errors import InputError
 from spark_nsfw.score.describing import is_foreign, public_attributes
 from spark_nsfw.score.download import Weights, file_sha256, local_file
-from spark_nsfw.score.pixels import DECODES, Decode, Transform, decode_once
-from spark_nsfw.score.tower import Precision, Tower, check_speed
+from spark_nsfw.score.pixels import DECODES, Decode, Transform, decode_batch
+from spark_nsfw.score.tower import Precision, Tower, check_speed, precision_on
 
 if TYPE_CHECKING:
     from spark_nsfw.score.detector import Detector
@@ -196,9 +196,7 @@ class ImageEmbedder:
 
     def precision_on(self, device: str) -> Precision:
         """The precision it computes in on a device."""
-        if self.precision is not None:
-            return self.precision
-        return "float16" if self.autocast and torch.device(device).type == "cuda" else "float32"
+        return precision_on(device, self.precision, self.autocast)
 
     def describe(self) -> dict[str, Any]:
         """What tells these embeddings from others, for caches and for provenance.
@@ -236,7 +234,8 @@ class ImageEmbedder:
             network = self.load_embedding_model(device)
             precision = getattr(torch, self.precision_on(device))
             mean, std = self.statistics
-            tower = Tower(network, mean, std, precision, self.normalize_embeddings)
+            normalize = self.normalize_embeddings
+            tower = Tower(network, mean, std, precision, normalize, self.model_name)
             self._towers[device] = tower.eval().requires_grad_(False).to(device)
         return self._towers[device]
 
@@ -261,16 +260,7 @@ class ImageEmbedder:
         with torch.inference_mode():
             for start in range(0, len(images), self.batch_size):
                 batch = images[start : start + self.batch_size]
-                pixels = np.empty((len(batch), self.image_size, self.image_size, 3), np.uint8)
-                for row, image_bytes in enumerate(batch):
-                    given: Any = image_bytes
-                    if not isinstance(given, (bytes, bytearray, memoryview)):
-                        kind = type(given).__name__
-                        raise InputError(f"images[{start + row}] is no bytes but {kind}")
-                    try:
-                        pixels[row] = decode_once(image_bytes, [self.transform])[0]
-                    except ImageError as exc:
-                        raise type(exc)(f"images[{start + row}]: {exc}") from exc
+                pixels = decode_batch(batch, self.transform, start)
                 embedded = tower(torch.from_numpy(pixels).to(device))
                 embeddings[start : start + len(batch)] = embedded.cpu().numpy()
         return embeddings

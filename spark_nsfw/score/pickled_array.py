@@ -44,7 +44,7 @@ def read_pickled_array(path: str | Path) -> npt.NDArray[Any]:
             raise ValueError(f"it is a {type(loaded).__name__}")
         return loaded.build()
     except Exception as exc:  # a damaged pickle can fail in any way
-        raise WeightsError(f"{path} is no pickle of one numpy array of floats: {exc}") from exc
+        raise WeightsError(f"{path} is not a pickle of one numpy array of floats: {exc}") from exc
 
 
 class _Dtype:
@@ -70,7 +70,7 @@ class _Array:
     def build(self) -> npt.NDArray[Any]:
         _, shape, dtype, is_column_major, content = self.state
         if not isinstance(dtype, _Dtype) or dtype.kind not in _FLOATS:
-            raise ValueError("its values are no floats")
+            raise ValueError("its values are not floats")
         values = np.frombuffer(content, np.dtype(dtype.byte_order + dtype.kind))
         return values.reshape(shape, order="F" if is_column_major else "C")
 

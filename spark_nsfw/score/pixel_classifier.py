@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spark_nsfw.errors import ImageError, InputError
 from spark_nsfw.score.detector import Detector
-from spark_nsfw.score.pixels import Transform, decode_once
-from spark_nsfw.score.tower import Precision, Tower, check_speed
+from spark_nsfw.score.pixels import Transform, decode_batch
+from spark_nsfw.score.tower import Precision, Tower, check_speed, precision_on
 
 __all__ = ["PixelClassifier"]
 
@@ -121,9 +120,7 @@ class PixelClassifier(Detector[Tower]):
 
     def precision_on(self, device: str) -> Precision:
         """The precision it computes in on a device."""
-        if self.precision is not None:
-            return self.precision
-        return "float16" if self.autocast and torch.device(device).type == "cuda" else "float32"
+        return precision_on(device, self.precision, self.autocast)
 
     def describe(self) -> dict[str, Any]:
         """What tells this detector from another, preprocessing included."""
@@ -137,7 +134,7 @@ class PixelClassifier(Detector[Tower]):
         """uint8 (N, S, S, 3) → float32 (N, K)."""
         network = self.load_model(device)
         precision = getattr(torch, self.precision_on(device))
-        tower = Tower(network, *self.statistics, precision, normalize=False)
+        tower = Tower(network, *self.statistics, precision, False, self.model_name)
         return tower.eval().requires_grad_(False).to(device)
 
     def score(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -157,6 +154,7 @@ class PixelClassifier(Detector[Tower]):
             What the model gives: float32 (N,) or (N, K).
 
         Raises:
+            InputError: one of them is not bytes.
             ImageError: one of them cannot be decoded, which one is said;
                 `spark_nsfw.Scorer` gives such images a row with a status instead.
         """
@@ -164,17 +162,10 @@ class PixelClassifier(Detector[Tower]):
         ready = self.ready(device)
         scores = []
         for start in range(0, len(images), self.batch_size):
-            pixels = []
-            for number, image in enumerate(images[start : start + self.batch_size], start):
-                given: Any = image
-                if not isinstance(given, (bytes, bytearray, memoryview)):
-                    raise InputError(f"images[{number}] is no bytes but {type(given).__name__}")
-                try:
-                    pixels += decode_once(image, [ready.transform])
-                except ImageError as exc:
-                    raise type(exc)(f"images[{number}]: {exc}") from exc
+            batch = images[start : start + self.batch_size]
+            pixels = torch.from_numpy(decode_batch(batch, ready.transform, start))
             with torch.inference_mode():
-                scores.append(ready.score(torch.from_numpy(np.stack(pixels)).to(device)).cpu())
+                scores.append(ready.score(pixels.to(device)).cpu())
         return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)
 
     def __getstate__(self) -> dict[str, Any]:

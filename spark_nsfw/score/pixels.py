@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from spark_nsfw.errors import InputError, OversizedImageError, UndecodableImageError
+from spark_nsfw.errors import (
+    ImageError,
+    InputError,
+    OversizedImageError,
+    UndecodableImageError,
+)
 
 __all__ = [
     "DECODES",
@@ -31,6 +36,7 @@ __all__ = [
     "Decode",
     "Transform",
     "center_crop_box",
+    "decode_batch",
     "decode_image",
     "decode_once",
     "encode_jpeg",
@@ -151,6 +157,36 @@ def decode_image(
         OversizedImageError: more than ``max_pixels``.
     """
     return decode_once(image_bytes, [Transform(size, decode=decode)], max_pixels)[0]
+
+
+def decode_batch(
+    images: Sequence[bytes], transform: Transform, first: int = 0
+) -> npt.NDArray[np.uint8]:
+    """Decode some images of a user's list for one model.
+
+    Args:
+        images: N ≥ 1 files' bytes.
+        transform: of the model.
+        first: the number of the first in the list, for messages.
+
+    Returns:
+        uint8 (N, S, S, 3), RGB.
+
+    Raises:
+        InputError: one of them is not bytes.
+        ImageError: one of them cannot be decoded; which one is said.
+    """
+    pixels = np.empty((len(images), transform.size, transform.size, 3), np.uint8)
+    for number, image in enumerate(images):
+        given: Any = image
+        if not isinstance(given, (bytes, bytearray, memoryview)):
+            kind = type(given).__name__
+            raise InputError(f"images[{first + number}] is of type {kind}, not bytes")
+        try:
+            pixels[number] = decode_once(image, [transform])[0]
+        except ImageError as exc:
+            raise type(exc)(f"images[{first + number}]: {exc}") from exc
+    return pixels
 
 
 def decode_once(

@@ -50,7 +50,7 @@ def parse_prompts(text: str, source: str) -> list[Concept]:
     concepts = []
     for name, entry in parsed.items():
         if not isinstance(name, str):
-            raise InputError(f"{source}: {name!r} is no name; write it in quotes")
+            raise InputError(f"{source}: {name!r} is not a name; write it in quotes")
         whole = {"prompts": entry} if isinstance(entry, list) else entry
         if not isinstance(whole, dict) or not {"prompts"} <= set(whole) <= {"prompts", "against"}:
             raise InputError(f"{source}: concept {name!r} is not understood: {_SHAPE_HINT}")
@@ -94,7 +94,7 @@ def _load_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader)  # it is a SafeLoader
     except (yaml.YAMLError, TypeError) as exc:
-        raise InputError(f"{source} is no YAML: {exc}") from exc
+        raise InputError(f"{source} is not YAML: {exc}") from exc
 
 
 def build_concepts(
@@ -130,7 +130,7 @@ def build_concepts(
     except (FileNotFoundError, IsADirectoryError) as exc:
         raise InputError(f"{prompts} cannot be read: {exc}") from exc
     except UnicodeDecodeError as exc:
-        raise InputError(f"{prompts} is no text in UTF-8: {exc}") from exc
+        raise InputError(f"{prompts} is not UTF-8 text: {exc}") from exc
     concepts = parse_prompts(text, prompts)
     path = checkpoint_path or _pretrained_file(model_name, pretrained)
     tower = _text_tower(model_name, path).to(device)
@@ -188,7 +188,7 @@ def _text_tower(model_name: str, path: str) -> Any:
     if config is None:
         raise InputError(f"open_clip has no model {model_name!r}")
     if "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
-        raise InputError(f"the text tower of {model_name} is no CLIP's: it cannot be used here")
+        raise InputError(f"the text tower of {model_name} is not CLIP's and cannot be used here")
     file = local_file(path)
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     model = kind(**config | {"vision_cfg": _NO_IMAGE_TOWER})

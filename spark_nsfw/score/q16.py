@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from spark_nsfw.errors import WeightsMismatchError, WeightsUnavailableError
+from spark_nsfw.errors import WeightsMismatchError
 from spark_nsfw.score.checkpoint import load_state_dict
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.download import PublishedFile
@@ -92,9 +92,7 @@ class Q16Classifier(ImageClassifier):
         Raises:
             WeightsError: there is no file, or it cannot be had or read.
         """
-        path = self.weights_file()
-        if path is None:
-            raise WeightsUnavailableError(f"{type(self).__name__} has no file: give model_path")
+        path = self._needed_file()
         if is_pickle(path):
             return {"prompts": torch.from_numpy(read_pickled_array(path).astype("float64"))}
         tensors = list(load_state_dict(path).values())

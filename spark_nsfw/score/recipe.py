@@ -13,6 +13,7 @@ import torch
 from spark_nsfw.errors import EmbeddingWidthError, InputError
 from spark_nsfw.schema import CONTRACT_COLUMNS, EMBEDDING_NORM
 from spark_nsfw.score.classifier import ImageClassifier
+from spark_nsfw.score.describing import code_sha256, is_foreign
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.pixel_classifier import PixelClassifier
@@ -71,7 +72,9 @@ class Recipe:
             names.append(EMBEDDING_NORM)
         contract = [name for name in names if name.casefold() in CONTRACT_COLUMNS]
         if contract:
-            raise InputError(f"a result cannot go to the column {contract[0]}, which has a meaning")
+            raise InputError(
+                f"a result cannot replace the column {contract[0]}: choose another pred_column"
+            )
         if len({name.casefold() for name in names}) < len(names):  # Spark ignores their case
             raise InputError(f"two results would go to one column: {', '.join(names)}")
 
@@ -242,7 +245,7 @@ class Recipe:
             "rows": {"keep_embeddings": self.keep_embeddings},
         }
         if self.embedder is not None:
-            described = {"embedder": self.embedder.describe()} | described
+            described = {"embedder": _described(self.embedder)} | described
         return described
 
     @property
@@ -264,11 +267,17 @@ class Recipe:
         return json.dumps(settings, sort_keys=True)
 
 
-def _described(classifier: Detector[Any]) -> dict[str, Any]:
-    """A classifier's own description, and its columns where there are several."""
-    columns = classifier.result_columns
-    several = {} if columns == [classifier.pred_column] else {"columns": columns}
-    return classifier.describe() | several
+def _described(model: Detector[Any] | ImageEmbedder) -> dict[str, Any]:
+    """A model's own description, its columns where there are several, and a user's own code.
+
+    The code is looked at once the model is ready, like its weights.
+    """
+    described = dict(model.describe())
+    if isinstance(model, Detector) and model.result_columns != [model.pred_column]:
+        described["columns"] = model.result_columns
+    if is_foreign(model) and model.is_ready:
+        described["code_sha256"] = code_sha256(model)
+    return described
 
 
 def _more_exact(own: str | None, given: str | None) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from spark_nsfw.errors import InputError
@@ -20,11 +21,9 @@ from spark_nsfw.score.open_nsfw import OpenNsfwClassifier
 from spark_nsfw.score.pixel_classifier import PixelClassifier
 from spark_nsfw.score.q16 import Q16Classifier
 from spark_nsfw.score.safety_checker import SafetyCheckerClassifier
-from spark_nsfw.score.timm_classifier import TimmImageClassifier
+from spark_nsfw.score.timm_classifier import SHORT_NAMES, TimmImageClassifier
 
 __all__ = ["DETECTOR_NAMES", "detector_of"]
-
-_MARQO, _FREEPIK = "hf-hub:Marqo/nsfw-image-detection-384", "hf-hub:Freepik/nsfw_image_detector"
 
 #: Name → what makes it, of ``model_path`` and what else it takes of ``models_dir``, ``variant``.
 _KNOWN: dict[str, Callable[..., Detector[Any]]] = {
@@ -35,8 +34,10 @@ _KNOWN: dict[str, Callable[..., Detector[Any]]] = {
     "multi_headed": MultiHeadedClassifier,
     "concepts": ConceptClassifier,
     "open_nsfw": OpenNsfwClassifier,
-    "marqo": partial(TimmImageClassifier, _MARQO, pred_column="marqo_score"),
-    "freepik": partial(TimmImageClassifier, _FREEPIK, pred_column="freepik_score"),
+    **{
+        short: partial(TimmImageClassifier, model_name, pred_column=f"{short}_score")
+        for short, model_name in SHORT_NAMES.items()
+    },
 }
 
 #: All names; ``multi_headed`` and ``concepts`` need the file of their weights.
@@ -81,7 +82,8 @@ def detector_of(text: str, **options: Any) -> Detector[Any]:
         given["model_path"] = model_path
     elif isinstance(make, partial) and options.get("models_dir"):
         raise InputError(
-            f"--models has no files of timm's classifiers: give it with --detector {name}=FILE"
+            "--models has no files of timm's classifiers: give this one's with "
+            f"--detector {name}=FILE"
         )
     try:
         return make(**given)
@@ -95,11 +97,20 @@ def _class_of(name: str) -> type[Detector[Any]]:
     Raises:
         InputError: it cannot be imported, or is no detector.
     """
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as exc:
-        raise InputError(f"--detector {name}: {exc}") from exc
+        module = import_module(module_name)
+    except (ImportError, ValueError, TypeError) as exc:
+        raise InputError(
+            f"--detector {name}: {exc}; looked in {Path.cwd()} and where packages are installed"
+        ) from exc
+    found = getattr(module, attribute, None)
+    if found is None:
+        close = get_close_matches(attribute, vars(module), n=1)
+        raise InputError(
+            f"--detector {name}: {module_name} has no class {attribute!r}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     if not (isinstance(found, type) and issubclass(found, (ImageClassifier, PixelClassifier))):
         raise InputError(
             f"--detector {name}: a detector is a subclass of spark_nsfw.ImageClassifier or "

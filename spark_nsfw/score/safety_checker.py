@@ -132,7 +132,7 @@ class SafetyCheckerClassifier(ImageClassifier):
                 shapes = tuple(tensors[rows].shape), tuple(tensors[thresholds].shape)
                 if 0 in shapes[0] or shapes != ((*shapes[0][:1], 768), shapes[0][:1]):
                     raise WeightsMismatchError(
-                        f"{source} is no safety checker for ViT-L/14: {rows} and {thresholds} "
+                        f"{source} is not a safety checker for ViT-L/14: {rows} and {thresholds} "
                         f"are {shapes[0]} and {shapes[1]}, not (N, 768) and (N,)"
                     )
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):

@@ -49,7 +49,7 @@ def read_header(url: str) -> Header:
 
     Raises:
         WeightsUnavailableError: it cannot be read.
-        WeightsError: it is no safetensors file.
+        WeightsError: it is not a safetensors file.
     """
     try:
         num_bytes = int.from_bytes(_read_range(url, 0, 8), "little")
@@ -60,7 +60,7 @@ def read_header(url: str) -> Header:
             raise ValueError("its header lists no tensors")
         metadata = tensors.pop("__metadata__", {})
     except (ValueError, EOFError) as exc:
-        raise WeightsError(f"{url} is no safetensors file, or damaged: {exc}") from exc
+        raise WeightsError(f"{url} is not a safetensors file, or damaged: {exc}") from exc
     return Header(tensors, metadata, 8 + num_bytes)
 
 
@@ -73,7 +73,7 @@ def read_tensors(url: str, names: Collection[str]) -> dict[str, torch.Tensor]:
 
     Raises:
         WeightsUnavailableError: it cannot be read.
-        WeightsError: it is no safetensors file, or has no such tensors.
+        WeightsError: it is not a safetensors file, or has no such tensors.
     """
     header = read_header(url)
     missing = [name for name in names if name not in header.tensors]

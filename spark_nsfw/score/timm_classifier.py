@@ -21,7 +21,7 @@ from spark_nsfw.score.pixels import Decode, Transform
 from spark_nsfw.score.tower import Precision
 from spark_nsfw.storage import absolute
 
-__all__ = ["TimmImageClassifier"]
+__all__ = ["SHORT_NAMES", "TimmImageClassifier"]
 
 _HUB = "hf-hub:"
 
@@ -51,9 +51,15 @@ class _Network:
         return network
 
 
+#: What ``--detector`` calls the models that are known here.
+SHORT_NAMES = {
+    "marqo": "hf-hub:Marqo/nsfw-image-detection-384",
+    "freepik": "hf-hub:Freepik/nsfw_image_detector",
+}
+
 #: Detectors that need no look at the hub to be described, with the labels that mean NSFW.
 _KNOWN = {
-    "hf-hub:Marqo/nsfw-image-detection-384": (
+    SHORT_NAMES["marqo"]: (
         _Network(
             "vit_tiny_patch16_384",
             ("NSFW", "SFW"),
@@ -67,7 +73,7 @@ _KNOWN = {
         ),
         ("NSFW",),
     ),
-    "hf-hub:Freepik/nsfw_image_detector": (
+    SHORT_NAMES["freepik"]: (
         _Network("eva02_base_patch14_448", ("neutral", "low", "medium", "high"), {}),
         ("medium", "high"),
     ),
@@ -237,9 +243,17 @@ class TimmImageClassifier(PixelClassifier):
             self.model_name.removeprefix(_HUB),
             ["model.safetensors", "pytorch_model.bin"],
             f"the weights of {self.model_name}",
-            f"--detector {self.model_name}=FILE (model_path)",
+            f"{self._option} (model_path)",
         )
         return local_file(path, self._sha256)
+
+    @property
+    def _option(self) -> str:
+        """What names its file on the command line."""
+        for short, model_name in SHORT_NAMES.items():
+            if model_name == self.model_name:
+                return f"--detector {short}=FILE"
+        return f"--detector {self.model_name}@{'+'.join(self.labels)}=FILE"
 
     def _settle(self) -> None:
         if self._network is None:
@@ -263,7 +277,7 @@ class TimmImageClassifier(PixelClassifier):
                 self.model_name.removeprefix(_HUB),
                 ["config.json"],
                 f"the configuration of {self.model_name}",
-                f"--detector {self.model_name}=FILE (model_path), with config.json beside FILE",
+                f"{self._option} (model_path), with config.json beside FILE",
             )
         try:
             config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -279,7 +293,7 @@ class TimmImageClassifier(PixelClassifier):
                 dict(config.get("model_args") or {}),
             )
         except (ValueError, KeyError, AttributeError) as exc:
-            raise WeightsError(f"{path} is no configuration of a timm model: {exc!r}") from exc
+            raise WeightsError(f"{path} is not the configuration of a timm model: {exc!r}") from exc
 
     def describe(self) -> dict[str, Any]:
         """Model, labels, weights and preprocessing; the hub's are known once it is `ready`."""

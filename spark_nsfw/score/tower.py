@@ -22,6 +22,7 @@ __all__ = [
     "check_speed",
     "create_network",
     "network_shape",
+    "precision_on",
     "with_timm_names",
 ]
 
@@ -31,6 +32,19 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 #: On a CPU every forward pass has this many images, so that an embedding depends on nothing
 #: but its image. More at a time are no faster.
 CPU_BLOCK_IMAGES = 8
+
+
+def precision_on(device: str, precision: Precision | None, autocast: bool) -> Precision:
+    """The precision that a model computes in on a device.
+
+    Args:
+        device: a torch device.
+        precision: on any device; None goes by ``autocast``.
+        autocast: float16 on a GPU; else float32 everywhere.
+    """
+    if precision is not None:
+        return precision
+    return "float16" if autocast and torch.device(device).type == "cuda" else "float32"
 
 
 def check_speed(batch_size: int, num_threads: int, precision: str | None) -> None:
@@ -57,6 +71,7 @@ class Tower(nn.Module):
         mean, std: of the pixels, per RGB channel, on a scale of 0 to 1.
         precision: of the network's weights and activations.
         normalize: divide what it gives by its L2 norm.
+        name: of the model, for messages.
     """
 
     def __init__(
@@ -66,8 +81,10 @@ class Tower(nn.Module):
         std: Sequence[float],
         precision: torch.dtype,
         normalize: bool,
+        name: str,
     ) -> None:
         super().__init__()
+        self.name = name
         self.network = network.to(precision) if isinstance(network, nn.Module) else network
         self.precision = precision
         self.normalize = normalize
@@ -93,8 +110,13 @@ class Tower(nn.Module):
         # Planes first, while a value is one byte: the passes below are then seven times as fast.
         planes = pixels.permute(0, 3, 1, 2).contiguous()
         x = planes.to(torch.float32).sub_(self.get_buffer("mean")).div_(self.get_buffer("std"))
-        projections = self.network(x.to(self.precision)).to(torch.float32)
-        projections = projections.reshape(len(projections), -1)
+        given = self.network(x.to(self.precision))
+        if given.shape[:1] != (len(pixels),) or given.ndim > 2:
+            raise InputError(
+                f"the network of {self.name} gives {tuple(given.shape)} for {len(pixels)} images, "
+                f"not ({len(pixels)},) or ({len(pixels)}, K)"
+            )
+        projections = given.to(torch.float32).reshape(len(given), -1)
         norms = torch.linalg.vector_norm(projections, dim=1, keepdim=True)
         if self.normalize:
             projections = projections / norms.clamp_min(1e-12)

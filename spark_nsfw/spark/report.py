@@ -89,7 +89,7 @@ def collect_report(
     thresholds = dict(other_thresholds or {})
     for name in thresholds.keys() - set(columns):
         raise InputError(
-            f"--threshold {name}=… (other_thresholds): {metadata} has no score column {name!r}, "
+            f"--threshold {name}=…: {metadata} has no score column {name!r}, "
             f"only {', '.join(columns)}"
         )
     if threshold is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from spark_nsfw.note import Footer, read_footers
+from spark_nsfw.note import Footer, inspect_output
 from spark_nsfw.schema import SCHEMA_PARTITION, SHARD
 from spark_nsfw.use.provenance import ModelNote, lacks_tower, models_of, random_models
 from spark_nsfw.use.summary import counted
@@ -55,11 +55,7 @@ def inspect_ways(output: str) -> list[Way]:
     Raises:
         InputError: there are no Parquet files.
     """
-    ways: dict[str, list[Footer]] = {}
-    for footer in read_footers(output):
-        identity = footer.problem or json.dumps(footer.note, sort_keys=True)
-        ways.setdefault(identity, []).append(footer)
-    return [Way(footers) for footers in ways.values()]
+    return [Way(footers) for footers in inspect_output(output).values()]
 
 
 def ways_json(output: str, ways: Sequence[Way]) -> str:
