@@ -257,3 +257,13 @@ def test_a_file_that_is_none_of_concepts_is_refused(tmp_path):
     (tmp_path / "bad").write_bytes(b"PK\x03\x04")
     with pytest.raises(WeightsError, match=r"bad is not a safetensors file"):
         ConceptClassifier(model_path=str(tmp_path / "bad"))
+
+
+def test_a_file_that_was_built_anew_meanwhile_is_refused(tmp_path):
+    path = tmp_path / "concepts.safetensors"
+    concepts = [Concept("a", ("x",)), Concept("b", ("y",))]
+    path.write_bytes(concept_file(concepts, torch.eye(2), {}))
+    classifier = ConceptClassifier(model_path=str(path))
+    path.write_bytes(concept_file(concepts[::-1], torch.eye(2), {}))
+    with pytest.raises(WeightsError, match="other concepts or prompts than at first"):
+        classifier.for_embedding_size(2)

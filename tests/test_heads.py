@@ -30,7 +30,7 @@ from spark_nsfw.files import write_file
 from spark_nsfw.score.concepts import Concept, ConceptClassifier, concept_file
 from spark_nsfw.score.download import file_sha256
 from spark_nsfw.score.multi_headed import HEADS, MultiHeadedClassifier
-from spark_nsfw.score.pickled_array import read_pickled_array
+from spark_nsfw.score.pickled_array import is_pickle, read_pickled_array
 from spark_nsfw.score.q16 import Q16_FILE, Q16Classifier
 from spark_nsfw.score.safety_checker import SafetyCheckerClassifier
 
@@ -497,3 +497,15 @@ def test_spark_runs_all_heads_in_one_pass(spark, shards, tmp_path, prompts, head
         expected = classifier.classify(inputs, "cpu")
         found = frame[classifier.result_columns].astype(np.float32).to_numpy()
         assert np.abs(found - expected).max() < 1e-5, type(classifier)
+
+
+def test_a_safetensors_file_is_told_from_a_pickle_by_more_than_one_byte(tmp_path, prompts):
+    """Its first byte is the lowest of its header's length: a name of some length makes it 0x80."""
+    for length in range(1, 200):
+        path = tmp_path / "prompts.safetensors"
+        save_file({"p" * length: torch.tensor(prompts)}, path)
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert not is_pickle(path)
+    assert Q16Classifier(model_path=str(path)).load_weights()["prompts"].shape == (2, 768)

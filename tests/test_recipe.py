@@ -21,6 +21,7 @@ from spark_nsfw.errors import (
     InputError,
     WeightsUnavailableError,
 )
+from spark_nsfw.score.describing import code_sha256
 from spark_nsfw.score.download import file_sha256
 from spark_nsfw.score.recipe import Recipe
 
@@ -104,6 +105,7 @@ QUESTIONS = """
 import sys
 import torch
 from spark_nsfw import AestheticClassifier, NsfwClassifier, TimmImageEmbedder
+from spark_nsfw.score.describing import code_sha256
 from spark_nsfw.score.recipe import Recipe
 
 B32 = "vit_base_patch32_clip_quickgelu_224.openai"
