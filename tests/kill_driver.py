@@ -90,8 +90,11 @@ def main(shards, directory, detector, *runs):
         gated = embedder(detector, Gate(place / "tickets", int(name[2:])))
         score_into(spark, shards, place / "out", gated, plan="fused", device="cpu")
 
-    for name in runs:
-        threading.Thread(target=run, args=[name]).start()
+    threads = [threading.Thread(target=run, args=[name]) for name in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:  # a script that ended has no code to be noted
+        thread.join()
 
 
 if __name__ == "__main__":
