@@ -34,7 +34,7 @@ def refuse_overlap(output: str, places: Sequence[str]) -> None:
         inside, around = is_below(output, place), is_below(place, output)
         if inside or around:
             how = "is" if inside and around else "is in" if inside else "holds"
-            raise InputError(f"{output} {how} {place}, which is read: give a directory of its own")
+            raise InputError(f"{output} {how} the input {place}: give a directory of its own")
 
 
 def refuse_foreign_entries(directory: str, is_ours: Callable[[str], bool], maker: str) -> list[str]:

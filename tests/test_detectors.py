@@ -85,7 +85,7 @@ def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, plan):
     capsys.readouterr()
     arguments.remove("--detector=test_detectors:Darkness")
     assert main(arguments) == 1
-    assert "result_columns was" in capsys.readouterr().err
+    assert "has the result columns " in capsys.readouterr().err
 
 
 def test_a_named_tower_adds_the_embeddings(spark, shards, tmp_path):

@@ -53,7 +53,7 @@ def test_an_output_that_overlaps_what_is_read_is_refused(tmp_path, output, how):
     (tmp_path / "data" / "shards").mkdir(parents=True)
     (tmp_path / "data" / "link").symlink_to("shards")
     place = str(tmp_path / "data" / "shards")
-    with pytest.raises(InputError, match=f"{how} {place}, which is read"):
+    with pytest.raises(InputError, match=f"{how} the input {place}"):
         refuse_overlap(f"{tmp_path}/{output}", ["/elsewhere", place])
 
 
@@ -227,10 +227,10 @@ def test_metadata_that_does_not_say_which_shards_it_is_of_is_accepted(data, note
         ("empty.html", "is no report"),
         ("thesis", "is not a file"),
         ("nowhere/report.html", "create it first"),
-        ("metadata/report.html", "which is read"),
-        ("metadata/shard=00000/part-0.parquet", "which is read"),
-        ("shards/report.html", "which is read"),
-        ("shards/00000.tar", "which is read"),
+        ("metadata/report.html", "is in the input"),
+        ("metadata/shard=00000/part-0.parquet", "is in the input"),
+        ("shards/report.html", "is in the input"),
+        ("shards/00000.tar", "is in the input"),
     ],
 )
 def test_report_refuses_a_wrong_file(data, capsys, output, reason):

@@ -6,6 +6,7 @@ import argparse
 
 from spark_nsfw.cli.arguments import Commands
 from spark_nsfw.cli.exit_status import ExitStatus
+from spark_nsfw.cli.parser import device
 
 __all__ = ["add_parser"]
 
@@ -42,7 +43,9 @@ def add_parser(commands: Commands) -> None:
         help="its weights in a file instead: open_clip's safetensors or PyTorch file, or "
         "OpenAI's ViT-L-14.pt; a path or URL",
     )
-    build.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    build.add_argument(
+        "--device", type=device, default="cpu", help="torch device (default: %(default)s)"
+    )
     build.set_defaults(run=_build)
 
 

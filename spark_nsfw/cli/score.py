@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from spark_nsfw.cli.arguments import (
     DEFAULT_MODEL,
@@ -16,6 +17,9 @@ from spark_nsfw.cli.exit_status import status_of
 from spark_nsfw.cli.parser import at_least_one, device, seconds
 from spark_nsfw.cli.signals import stop_at_signals
 from spark_nsfw.errors import InputError
+
+if TYPE_CHECKING:
+    from spark_nsfw.score.recipe import Recipe
 
 __all__ = ["add_parser"]
 
@@ -180,15 +184,59 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Imported here, so that `--help` does not wait for torch and Spark.
+    # Imported here, so that `--help` waits for nothing.
     from spark_nsfw.read.paths import ShardInputs
     from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
+    from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
+
+    source = ShardSource(
+        ShardInputs.parse(options.input),
+        SampleOptions(
+            image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
+            captions=options.captions,
+            id_col=options.id_col,
+        ),
+        names(options.columns),
+    )
+    output = MetadataFiles.at(options.output)
+    refuse_place(output.url, source)
+    if not options.watch:
+        refuse_names(source.units(), output.url)
+    replacing = options.overwrite and output.has_files
+    if replacing and not options.yes:
+        _ask(f"Delete {options.output} and score everything anew?")
+
+    from spark_nsfw.spark.session import start_session
+
+    session = start_session()  # and meanwhile, torch is imported and weights are looked at
+
+    from spark_nsfw.spark.job import JobOptions, run_job
+    from spark_nsfw.spark.mixing import refuse_other_results
+
+    recipe = _recipe(options).ready()
+    if not replacing:
+        refuse_other_results(output, recipe)
+    job = JobOptions(
+        plan=options.plan,
+        shards_per_wave=options.shards_per_wave,
+        allow_changes=options.allow_changes,
+        watch=options.watch,
+        settle_seconds=options.settle_seconds,
+        progress=options.progress,
+    )
+    spark = session()
+    if replacing:
+        output.delete()
+    with stop_at_signals() as stop:
+        summary = run_job(spark, source, recipe, output.url, options=job, stop=stop)
+    print(summary)
+    return status_of(summary, options.max_failed)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
     from spark_nsfw.score.classifier import ImageClassifier
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.score.timm_embedder import TimmImageEmbedder
-    from spark_nsfw.spark.job import JobOptions, run_job
-    from spark_nsfw.spark.session import active_or_local_session
-    from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
 
     speed = {
         "batch_size": options.batch_size,
@@ -210,40 +258,7 @@ def _run(options: argparse.Namespace) -> int:
             models_dir=options.models,
             **speed,
         )
-    recipe = Recipe.of(embedder, chosen, device=options.device, keep_embeddings=options.embeddings)
-    source = ShardSource(
-        ShardInputs.parse(options.input),
-        SampleOptions(
-            image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
-            captions=options.captions,
-            id_col=options.id_col,
-        ),
-        names(options.columns),
-    )
-    job = JobOptions(
-        plan=options.plan,
-        shards_per_wave=options.shards_per_wave,
-        allow_changes=options.allow_changes,
-        watch=options.watch,
-        settle_seconds=options.settle_seconds,
-        progress=options.progress,
-    )
-    # All that can be refused without Spark is refused before it starts.
-    output = MetadataFiles.at(options.output)
-    refuse_place(output.url, source)
-    if not options.watch:
-        refuse_names(source.units(), output.url)
-    recipe.ready()
-    replacing = options.overwrite and output.has_files
-    if replacing and not options.yes:
-        _ask(f"Delete {options.output} and score everything anew?")
-    spark = active_or_local_session()
-    if replacing:
-        output.delete()
-    with stop_at_signals() as stop:
-        summary = run_job(spark, source, recipe, output.url, options=job, stop=stop)
-    print(summary)
-    return status_of(summary, options.max_failed)
+    return Recipe.of(embedder, chosen, device=options.device, keep_embeddings=options.embeddings)
 
 
 def _ask(question: str) -> None:

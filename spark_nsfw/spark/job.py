@@ -20,7 +20,6 @@ from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import (
     CAPTION,
     CONTRACT_COLUMNS,
-    EMBEDDING_NORM,
     EXTRA_JSON,
     SCHEMA_PARTITION,
     SHARD,
@@ -28,7 +27,7 @@ from spark_nsfw.schema import (
 )
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.loop import WATCH_SECONDS, JobOptions, Run
-from spark_nsfw.spark.mixing import made_columns, refuse_mixing
+from spark_nsfw.spark.mixing import refuse_mixing, without_missing_norms
 from spark_nsfw.spark.output import Output, ParquetOutput, noted_schema
 from spark_nsfw.spark.progress import Progress
 from spark_nsfw.spark.session import session_settings
@@ -169,8 +168,8 @@ def _begin(
         if output.schema() is None:  # another run may have begun it while this one read shards
             output.begin(noted_schema(columns, recipe.result_columns, note), note)
     existing = output.schema()
-    if existing is not None and EMBEDDING_NORM not in made_columns(existing):
-        recipe = replace(recipe, keep_norms=False)  # older outputs do not have it
+    if existing is not None:
+        recipe = without_missing_norms(recipe, existing)
     refuse_mixing(output, recipe, note, options.allow_changes)
     assert existing is not None
     schema = source.schema(_own_columns(existing, recipe, note))

@@ -5,18 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import ClassVar
 
+from pyspark import SparkConf, SparkContext
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.spark.jvm import local_jvm_options
 
-__all__ = ["active_or_local_session", "session_settings"]
+__all__ = ["active_or_local_session", "session_settings", "start_session"]
+
+#: Of sessions that are started here.
+_LOCAL = {
+    "spark.app.name": "spark-nsfw",
+    "spark.driver.memory": "4g",
+    "spark.ui.showConsoleProgress": "false",  # we have our own line
+    "spark.python.daemon.module": "spark_nsfw.spark.daemon",
+}
 
 
 def active_or_local_session() -> SparkSession:
@@ -25,47 +35,60 @@ def active_or_local_session() -> SparkSession:
     Raises:
         InputError: there is no Java to run Spark with.
     """
+    return start_session()()
+
+
+def start_session() -> Callable[[], SparkSession]:
+    """Begin to start what `active_or_local_session` gives; call the result to wait for it.
+
+    A local JVM takes seconds to start, in which there is other work to do.
+
+    Raises:
+        InputError: there is no Java to run Spark with.
+    """
     active = SparkSession.getActiveSession()
     if active is not None:
-        return active
+        return lambda: active
     for name in ("SQLQueryContextLogger", "py4j.clientserver"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
-    if not submitted and not os.environ.get("SPARK_REMOTE"):
-        if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
-            raise InputError(
-                "Spark needs Java 17 or 21 and there is none on the PATH: install it, "
-                "on Debian and Ubuntu with `apt-get install openjdk-17-jre-headless`, "
-                "or set JAVA_HOME"
-            )
-        # Spark's own default is whatever `python3` is on the PATH.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName("spark-nsfw")
-    if not submitted and "MASTER" not in os.environ and not os.environ.get("SPARK_REMOTE"):
-        builder = builder.master("local[*]").config("spark.driver.memory", "4g")
-        builder = builder.config("spark.ui.showConsoleProgress", "false")  # we have our own line
-        builder = builder.config("spark.python.daemon.module", "spark_nsfw.spark.daemon")
-        with _terminations_ignored():
-            session = builder.getOrCreate()
-        session.sparkContext.setLogLevel("FATAL")  # errors are raised, and told in one line
-        return session
-    return builder.getOrCreate()
+    if submitted or os.environ.get("SPARK_REMOTE"):
+        return SparkSession.builder.appName("spark-nsfw").getOrCreate
+    if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
+        raise InputError(
+            "Spark needs Java 17 or 21 and there is none on the PATH: install it, "
+            "on Debian and Ubuntu with `apt-get install openjdk-17-jre-headless`, "
+            "or set JAVA_HOME"
+        )
+    # Spark's own default is whatever `python3` is on the PATH.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if "MASTER" in os.environ:
+        return SparkSession.builder.appName("spark-nsfw").getOrCreate
+    started: Future[None] = Future()
+    threading.Thread(target=_start_local, args=[started], daemon=True).start()
+
+    def session() -> SparkSession:
+        started.result()
+        return SparkSession.builder.getOrCreate()
+
+    return session
 
 
-@contextmanager
-def _terminations_ignored() -> Iterator[None]:
-    """A process that is started inside ignores SIGTERM, as pyspark has it ignore Ctrl-C.
-
-    Both go to a whole process group; this process decides when its JVM ends.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start_local(started: Future[None]) -> None:
+    conf = SparkConf().setMaster("local[*]").setAll(list(_LOCAL.items()))
+    given = os.environ.get("SPARK_SUBMIT_OPTS", "")
+    os.environ["SPARK_SUBMIT_OPTS"] = " ".join([*local_jvm_options(), given])  # the last counts
     try:
-        yield
+        # Ctrl-C and SIGTERM go to all processes of a session; this one decides when its JVM ends.
+        gateway = launch_gateway(conf, {"start_new_session": True})
+        SparkContext(conf=conf, gateway=gateway)
+        SparkSession.builder.getOrCreate()
+    except BaseException as exc:
+        started.set_exception(exc)
+    else:
+        started.set_result(None)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        os.environ["SPARK_SUBMIT_OPTS"] = given
 
 
 class session_settings:  # noqa: N801  # reads as a verb at its call sites

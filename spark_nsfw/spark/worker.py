@@ -62,7 +62,7 @@ def choose_device(device: str | None = None) -> str:
 def device_kind(spark: SparkSession, device: str | None = None) -> str:
     """``cuda`` or ``cpu``: what the workers compute on, as one of them reports.
 
-    This always runs a task, so at least one executor has registered afterwards.
+    On a cluster this runs a task, so at least one executor has registered afterwards.
 
     Raises:
         InputError: a GPU was asked for and there is none.
@@ -72,16 +72,23 @@ def device_kind(spark: SparkSession, device: str | None = None) -> str:
         for _ in batches:
             yield pa.RecordBatch.from_arrays([pa.array([_kind_of_device(device)])], names=["kind"])
 
+    context = getattr(spark, "_sc", None)  # Spark Connect has none
+    if context is not None and context.master.partition("[")[0] == "local":
+        return _refuse_no_gpu(_kind_of_device(device), device)  # workers are on this machine
     if device is not None and torch.device(device).type == "cpu":
         spark.range(1, numPartitions=1).collect()  # no worker needs to import torch for that
         return "cpu"
     row = spark.range(1, numPartitions=1).mapInArrow(choose, "kind string").collect()[0]
-    if row["kind"] == _NO_GPU:
+    return _refuse_no_gpu(row["kind"], device)
+
+
+def _refuse_no_gpu(kind: str, device: str | None) -> str:
+    if kind == _NO_GPU:
         raise InputError(
             f"device {device or 'cuda'}: torch sees no GPU on a worker's machine; check "
             "nvidia-smi and torch.cuda.is_available() there, or use --device cpu"
         )
-    return str(row["kind"])
+    return kind
 
 
 def _kind_of_device(device: str | None) -> str:

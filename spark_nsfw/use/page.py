@@ -52,7 +52,7 @@ def refuse_page_file(url: str, places: Sequence[str]) -> None:
     """
     for place in places:
         if is_below(url, place):
-            raise InputError(f"{url} is in {place}, which is read: write the report elsewhere")
+            raise InputError(f"{url} is in the input {place}: write the report elsewhere")
     filesystem, path = resolve(url)
     info = filesystem.get_file_info(path)
     if info.type is fs.FileType.NotFound:
