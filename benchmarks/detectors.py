@@ -72,7 +72,7 @@ def forward(recipe: Recipe, images: list[bytes]) -> Callable[[], object]:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(passes.num_threads, "", torch.set_num_threads, (1,)) as pool:
-            list(pool.map(lambda batch: passes.score({transform: batch}), batches))
+            list(pool.map(lambda batch: passes.score({transform: batch}, len(batch)), batches))
 
     return run
 

@@ -713,8 +713,8 @@ def test_result_columns_are_never_mixed(
         "test_vit2", embedding_size=768, classifiers=[*embedder.classifiers, aesthetic]
     )
     named = (
-        r'result_columns was \["embedding_norm", "image_embedding", "nsfw_score"\], '
-        r'is now \["aesthetic_score"'
+        r"has the result columns embedding_norm \(float\), image_embedding \(array<float>\), "
+        r"nsfw_score \(float\); this run would write aesthetic_score \(float\), embedding_norm"
     )
     with pytest.raises(JobError, match=named):
         run(spark, str(inputs), output, more, allow_changes=allow_changes)

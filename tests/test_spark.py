@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -301,7 +302,7 @@ def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch)
 
     monkeypatch.setattr("pyspark.TaskContext.get", lambda: Task())
     assert choose_device() == choose_device("cuda") == "cuda:1"
-    for visible, expected in {"0,1,2": 1, "4,1": 1, "1,0": 0, "GPU-7": 0, "7": 0}.items():
+    for visible, expected in {"0,1,2": 1, "4,1": 1, "1,0": 0, "GPU-7": 0, "7": 0, "": 1}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert choose_device() == f"cuda:{expected}", visible
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -309,6 +310,44 @@ def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert choose_device() == "cpu"
     assert choose_device("cuda") == "cuda:0"  # where the driver found GPUs, none is no choice
+
+
+@pytest.mark.parametrize(
+    ("address", "visible", "expected", "visible_then"),
+    [
+        ("GPU-b", "GPU-a,GPU-b", "cuda:1", "GPU-a,GPU-b"),
+        ("GPU-b", None, "cuda:0", "GPU-b"),
+        ("MIG-5", None, "cuda:0", "MIG-5"),
+        ("MIG-5", "0,1", "cuda:0", "MIG-5"),
+        ("1", "GPU-cc,GPU-bb", "cuda:1", "GPU-cc,GPU-bb"),  # nvidia-smi says GPU-bb
+        ("1", "GPU-b,GPU-a", "cuda:0", "GPU-b,GPU-a"),  # CUDA takes beginnings of UUIDs
+    ],
+)
+def test_a_gpu_may_be_named_by_its_uuid(
+    monkeypatch, tmp_path, address, visible, expected, visible_then
+):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\n[ "$1" = --id=1 ] && echo GPU-bb\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    task = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=[address])})
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: task)
+    assert choose_device() == expected
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible_then
+
+
+@pytest.mark.parametrize("script", ["echo GPU-x", "exit 9", None])
+def test_a_gpu_that_nobody_knows_is_an_error(monkeypatch, tmp_path, script):
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    task = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=["0"])})
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: task)
+    with pytest.raises(InputError, match="GPU 0, and CUDA_VISIBLE_DEVICES has GPU-a,GPU-b"):
+        choose_device()
 
 
 class Weighted(ImageClassifier):

@@ -79,14 +79,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--batch-size",
         type=at_least_one,
-        default=64,
-        help="images per forward pass on a GPU; a CPU takes eight at a time (default: %(default)s)",
+        help="images per forward pass on a GPU (default: 256); a CPU takes eight at a time",
     )
     speed.add_argument(
         "--num-threads",
         type=at_least_one,
-        default=4,
-        help="decoding threads per worker (default: %(default)s)",
+        help="decoding threads per worker (default: on a GPU the task's cores less two, else 4)",
     )
     speed.add_argument(
         "--precision",

@@ -159,7 +159,9 @@ class ImageClassifier(Detector[Model]):
                 f"{EMBEDDING_NORM}"
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        step = self.batch_size if self.batch_size > 0 else max(len(array), 1)
+        step = max(len(array), 1)
+        if self.batch_size is not None and self.batch_size > 0:
+            step = self.batch_size
         batches = torch.from_numpy(array).split(step)
         with torch.inference_mode():
             return np.concatenate([self._forward(b.to(device)).cpu().numpy() for b in batches])

@@ -57,7 +57,7 @@ class Detector(Generic[_Model]):
         pred_column: the column that the scores go to; None takes ``{model_name}_score``.
         pred_type: type of that column: ``float`` (float32), ``int``, ``str``, ``bool``, or
             the name of another Arrow type.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; None takes what suits the device.
         model_path: file of its weights, a path or URL. Its sha256 is settled before a job
             starts, noted in the output, and checked by every worker.
         models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from which
@@ -72,11 +72,11 @@ class Detector(Generic[_Model]):
         model_name: str,
         pred_column: str | None,
         pred_type: Any,
-        batch_size: int,
+        batch_size: int | None,
         model_path: str | None,
         models_dir: str | None,
     ) -> None:
-        if batch_size == 0 or batch_size < -1:
+        if batch_size is not None and (batch_size == 0 or batch_size < -1):
             raise InputError(f"batch_size is -1 or at least 1, not {batch_size}")
         self.model_name = model_name
         self.pred_column = pred_column or f"{model_name}_score"

@@ -14,7 +14,13 @@ from spark_nsfw.errors import InputError
 from spark_nsfw.score.describing import is_foreign, public_attributes
 from spark_nsfw.score.download import Weights, file_sha256, local_file
 from spark_nsfw.score.pixels import DECODES, Decode, Transform, decode_batch
-from spark_nsfw.score.tower import Precision, Tower, check_speed, precision_on
+from spark_nsfw.score.tower import (
+    Precision,
+    Tower,
+    batch_size_on,
+    check_speed,
+    precision_on,
+)
 
 if TYPE_CHECKING:
     from spark_nsfw.score.detector import Detector
@@ -69,8 +75,8 @@ class ImageEmbedder:
         embedding_size: width D of the embeddings.
         image_size: side of the square image that the tower takes, in pixels.
         mean, std: of the pixels it was trained on, per RGB channel, on a scale of 0 to 1.
-        batch_size: images per forward pass.
-        num_threads_per_worker: threads that decode images.
+        batch_size: images per forward pass; None takes what suits the device.
+        num_threads_per_worker: threads that decode images; None takes what suits the task's cores.
         normalize_embeddings: divide each embedding by its L2 norm.
         autocast: compute in float16 on a GPU; False computes in float32 everywhere.
         precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
@@ -95,8 +101,8 @@ class ImageEmbedder:
         image_size: int = 224,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        batch_size: int = 64,
-        num_threads_per_worker: int = 4,
+        batch_size: int | None = None,
+        num_threads_per_worker: int | None = None,
         normalize_embeddings: bool = True,
         autocast: bool = True,
         precision: Precision | None = None,
@@ -258,8 +264,9 @@ class ImageEmbedder:
         tower = self.tower(device)
         embeddings = np.empty((len(images), self.embedding_size), np.float32)
         with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                batch = images[start : start + self.batch_size]
+            step = batch_size_on(device, self.batch_size)
+            for start in range(0, len(images), step):
+                batch = images[start : start + step]
                 pixels = decode_batch(batch, self.transform, start)
                 embedded = tower(torch.from_numpy(pixels).to(device))
                 embeddings[start : start + len(batch)] = embedded.cpu().numpy()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
 
 import torch
 
 from spark_nsfw.score.classifier import ImageClassifier
-from spark_nsfw.score.pixels import Transform
+from spark_nsfw.score.describing import is_foreign
+from spark_nsfw.score.lanes import Lane, Lanes, Pixels, out_of_memory
+from spark_nsfw.score.pixel_classifier import PixelClassifier
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.score.tower import batch_size_on
 
 __all__ = ["ForwardPasses", "Results"]
 
@@ -36,19 +35,16 @@ class Results:
     scores: list[torch.Tensor]
 
 
-#: uint8 (N, S, S, 3) for each transform.
-Pixels = Mapping[Transform, torch.Tensor]
-
 #: Threads that keep a GPU busy: while one waits for its results, the other has copied and
 #: launched the next batch. Each has a stream of its own.
 _GPU_STREAMS = 2
 
-#: On a CPU the tower takes a few images at a time anyway, larger batches would only hold pixels.
-_CPU_BATCH_SIZE = 64
-
 
 class ForwardPasses:
     """The models of a recipe on one device, for several threads at a time.
+
+    On a GPU every pass has the same number of images, whatever is missing filled up, since a GPU's
+    kernels, and with them the last bits of a result, depend on how many there are.
 
     Args:
         recipe: about images, and its classifiers fit its embedder.
@@ -58,37 +54,72 @@ class ForwardPasses:
         batch_size: images per forward pass.
         num_threads: forward passes under way at a time.
         fitting_batch_size: images that the device has memory for, as far as is known.
+        records: whether a GPU's passes are recorded as CUDA graphs, if they can be.
     """
 
     def __init__(self, recipe: Recipe, device: str) -> None:
         self.embedder = recipe.embedder
         self.classifiers = recipe.classifiers
-        self._pixel_classifiers = recipe.pixel_classifiers
-        self.device = device
+        self._transforms = recipe.transforms
         self.on_gpu = torch.device(device).type == "cuda"
-        self.batch_size = recipe.batch_size
-        self.num_threads = _GPU_STREAMS
-        if not self.on_gpu:  # each core takes images of its own through the models
-            self.batch_size = min(self.batch_size, _CPU_BATCH_SIZE)
-            self.num_threads = torch.get_num_threads()
+        self.device = _with_number(device) if self.on_gpu else device
+        self.batch_size = batch_size_on(device, recipe.batch_size)
+        # On a CPU each core takes images of its own through the models.
+        self.num_threads = _GPU_STREAMS if self.on_gpu else torch.get_num_threads()
         self.fitting_batch_size = self.batch_size
-        self._turns = _Turns(self.num_threads, device if self.on_gpu else None)
+        self._lanes = Lanes(self.num_threads, device)
+        self.records = True
+        self._is_recorded = False
 
     def load(self) -> None:
         """Load all models; before the threads start, or each would load its own.
 
         Raises:
             WeightsError: a file cannot be had or does not fit.
+            torch.cuda.OutOfMemoryError: there is not even memory for one image.
         """
         if self.embedder is not None:
             self.embedder.tower(self.device)
-        device = str(torch.empty(0, device=self.device).device)  # cuda is cuda:0 to a tensor
         for classifier in self.classifiers:
-            classifier.model(device)
+            classifier.model(self.device)
         if self.on_gpu:
-            torch.cuda.synchronize(device)  # other streams would not wait for the weights
+            _compute_exactly()
+            torch.cuda.synchronize(self.device)  # other streams would not wait for the weights
+            if self.records:
+                self._record()
 
-    def score(self, pixels: Pixels) -> Results:
+    def _record(self) -> None:
+        """Record the passes of all lanes, of as many images as there is memory for."""
+        with torch.inference_mode(), self._lanes.alone():
+            while not self._is_recorded and self._can_be_recorded:
+                size = self.fitting_batch_size
+                try:
+                    for lane in self._lanes.all:
+                        lane.record(self._compute, self._transforms, size)
+                    self._is_recorded = True
+                    return
+                except RuntimeError as exc:
+                    if size == 1 or not out_of_memory(exc):
+                        raise
+                for lane in self._lanes.all:
+                    lane.forget()
+                torch.cuda.empty_cache()  # out of the except block, which held the tensors
+                self._smaller(size)
+
+    @property
+    def _can_be_recorded(self) -> bool:
+        """Whether all models are networks of this package.
+
+        Its networks always take the same steps; a user's own code may do anything.
+        """
+        ours = [*self.classifiers, *([self.embedder] if self.embedder is not None else [])]
+        models = [classifier.model(self.device) for classifier in self.classifiers]
+        networks = [getattr(model, "network", model) for model in models]  # a tower has one inside
+        return not any(is_foreign(each) for each in ours) and all(
+            isinstance(network, torch.nn.Module) for network in networks
+        )
+
+    def score(self, pixels: Pixels, num_images: int) -> Results:
         """Embed and score images, in pieces that the device has memory for.
 
         Where it has not, half is tried, alone, because the other passes may have had the
@@ -96,58 +127,68 @@ class ForwardPasses:
 
         Args:
             pixels: uint8 (N, S, S, 3) for each transform of the recipe.
+            num_images: of these, how many count; the results of the others are not defined, and
+                on a CPU there are none.
 
         Raises:
             torch.cuda.OutOfMemoryError: there is not even memory for one image.
         """
-        num_images = len(next(iter(pixels.values())))
+        if not self.on_gpu:
+            pixels = {transform: images[:num_images] for transform, images in pixels.items()}
+        num_rows = len(next(iter(pixels.values())))
         size = self.fitting_batch_size
         with torch.inference_mode():
-            with self._turns.one_of_several():
+            with self._lanes.one_of_several() as lane:
                 try:
-                    return self._forward(pixels, size)
+                    return self._forward(lane, pixels, size)
                 except RuntimeError as exc:
-                    if not _out_of_memory(exc):
+                    if not out_of_memory(exc):
                         raise
-            with self._turns.alone():
+            with self._lanes.alone() as lane:
                 while True:
                     torch.cuda.empty_cache()  # out of the except block, which held the tensors
-                    size = self._smaller(min(size, num_images))
+                    size = self._smaller(min(size, num_rows))
                     try:
-                        return self._forward(pixels, size)
+                        return self._forward(lane, pixels, size)
                     except RuntimeError as exc:
-                        if size == 1 or not _out_of_memory(exc):
+                        if size == 1 or not out_of_memory(exc):
                             raise
 
-    def _forward(self, pixels: Pixels, size: int) -> Results:
+    def _forward(self, lane: Lane, pixels: Pixels, size: int) -> Results:
         """As `score`, ``size`` images at a time."""
-        pieces = {transform: images.split(size) for transform, images in pixels.items()}
-        embedded, seen = [], []
-        for number in range(len(next(iter(pieces.values())))):
-            there = {
-                transform: images[number].to(self.device, non_blocking=True)
-                for transform, images in pieces.items()
-            }
-            if self.embedder is not None:
-                tower = self.embedder.tower(self.device)
-                embedded.append(tower.with_norms(there[self.embedder.transform]))
-            seen.append([each.score(there[each.transform]) for each in self._pixel_classifiers])
+        pieces = [self._split(images, size) for images in pixels.values()]
+        outputs = [
+            lane.run(self._compute, dict(zip(pixels, piece, strict=True)))
+            for piece in zip(*pieces, strict=True)
+        ]
+        joined = [torch.cat(columns) for columns in zip(*outputs, strict=True)]
+        if self.embedder is None:
+            return Results(None, None, joined)
+        return Results(joined[0], joined[1], joined[2:])
+
+    def _split(self, images: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """Pieces of at most ``size`` images; on a GPU of exactly that."""
+        pieces = list(images.split(size))
+        missing = size - len(pieces[-1])
+        if self.on_gpu and missing:
+            pieces[-1] = torch.cat([pieces[-1], images.new_zeros(missing, *images.shape[1:])])
+        return pieces
+
+    def _compute(self, pixels: Pixels) -> Sequence[torch.Tensor]:
+        """On the device, of each image: its embedding and norm if there is an embedder; scores."""
         embeddings = norms = None
-        if embedded:
-            embeddings, norms = (torch.cat(both) for both in zip(*embedded, strict=True))
-        by_pixels = iter([torch.cat(column) for column in zip(*seen, strict=True)])
-        scores = []
+        outputs = []
+        if self.embedder is not None:
+            tower = self.embedder.tower(self.device)
+            embeddings, norms = tower.with_norms(pixels[self.embedder.transform])
+            outputs += [embeddings, norms]
         for classifier in self.classifiers:
             if isinstance(classifier, ImageClassifier):
                 assert embeddings is not None
-                scores.append(classifier.score(embeddings, norms))
-            else:
-                scores.append(next(by_pixels))
-        return Results(
-            None if embeddings is None else embeddings.cpu(),
-            None if norms is None else norms.cpu(),
-            [column.cpu() for column in scores],
-        )
+                outputs.append(classifier.score(embeddings, norms))
+            elif isinstance(classifier, PixelClassifier):
+                outputs.append(classifier.score(pixels[classifier.transform]))
+        return outputs
 
     def _smaller(self, tried: int) -> int:
         """The size to try after this one did not fit."""
@@ -163,46 +204,14 @@ class ForwardPasses:
         return half
 
 
-class _Turns:
-    """Turns on a device: several at a time, each with a stream of its own, or one alone.
-
-    The streams are kept for good: torch keeps the memory that was freed on each.
-    """
-
-    def __init__(self, limit: int, gpu: str | None) -> None:
-        self._limit = limit
-        self._permits = threading.Semaphore(limit)
-        self._alone = threading.Lock()
-        self._streams: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(limit):
-            self._streams.put(None if gpu is None else torch.cuda.Stream(gpu))
-
-    @contextmanager
-    def one_of_several(self) -> Iterator[None]:
-        with self._permits, self._stream():
-            yield
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._alone:
-            for _ in range(self._limit):
-                self._permits.acquire()
-            try:
-                with self._stream():
-                    yield
-            finally:
-                self._permits.release(self._limit)
-
-    @contextmanager
-    def _stream(self) -> Iterator[None]:
-        stream = self._streams.get()
-        try:
-            with torch.cuda.stream(stream):  # None is no change
-                yield
-        finally:
-            self._streams.put(stream)
+def _with_number(device: str) -> str:
+    """``cuda`` as tensors call it: ``cuda:0``, or whichever is the current one."""
+    return str(torch.empty(0, device=device).device)
 
 
-def _out_of_memory(exc: RuntimeError) -> bool:
-    """Whether the GPU's memory was short; cuBLAS and cuDNN say so in their own words."""
-    return isinstance(exc, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(exc)
+def _compute_exactly() -> None:
+    """Let float32 be float32, and half precision add up in float32: CUDA's defaults differ."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -33,8 +33,10 @@ class OpenNsfwClassifier(PixelClassifier):
 
     Args:
         pred_column: the column that the scores go to.
-        batch_size: images per forward pass, where no embedder says.
-        num_threads_per_worker: threads that decode images, where no embedder says.
+        batch_size: images per forward pass, where no embedder says; None takes what suits
+            the device.
+        num_threads_per_worker: threads that decode images, where no embedder says; None
+            takes what suits the task's cores.
         model_path: another copy of ``open-nsfw.onnx``, a path or URL.
         jpeg_round_trip: compress the pixels as JPEG first, as the package does by default
             and Yahoo's own code did; without it scoring is faster (docs/detectors.md says
@@ -50,8 +52,8 @@ class OpenNsfwClassifier(PixelClassifier):
     def __init__(
         self,
         pred_column: str = "open_nsfw_score",
-        batch_size: int = 64,
-        num_threads_per_worker: int = 4,
+        batch_size: int | None = None,
+        num_threads_per_worker: int | None = None,
         model_path: str | None = None,
         jpeg_round_trip: bool = True,
         decode: Decode = "exact",

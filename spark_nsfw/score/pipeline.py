@@ -24,7 +24,7 @@ from spark_nsfw.errors import ImageError, OversizedImageError
 from spark_nsfw.read.source import Rows
 from spark_nsfw.schema import EMBEDDING_NORM, ERROR_MESSAGE, STATUS, Status, metadata_schema
 from spark_nsfw.score.arrays import embedding_array, spread
-from spark_nsfw.score.forward import ForwardPasses, Pixels, Results
+from spark_nsfw.score.forward import ForwardPasses, Results
 from spark_nsfw.score.pixel_classifier import PixelClassifier
 from spark_nsfw.score.pixels import Transform, decode_once
 from spark_nsfw.score.recipe import Recipe
@@ -36,6 +36,9 @@ _DECODING_AHEAD = 2
 
 #: Images that a decoding thread takes at a time: handing them over costs as much as a row.
 _DECODING_CHUNK = 8
+
+#: Decoding threads on a CPU; its cores are shared by threads that decode and that compute.
+_CPU_DECODING_THREADS = 4
 
 #: Rows that wait, at most, until a device batch is full; hardly any of them has an image then.
 _ROWS_WAITING = 16_384
@@ -102,7 +105,7 @@ class Pipeline:
         self._recipe = recipe
         self._passes = passes
         self._transforms = recipe.transforms
-        self._decoders = _thread_pool(recipe.num_threads, "decode")
+        self._decoders = _thread_pool(recipe.num_threads or _decoding_threads(passes), "decode")
         self._computers = _thread_pool(passes.num_threads, "compute")
         self._waiting: deque[_Batch] = deque()
         self._num_rows_waiting = 0
@@ -195,10 +198,7 @@ class Pipeline:
     def _compute(self, batch: _DeviceBatch) -> Results:
         for chunk in batch.chunks:
             chunk.decoding.result()  # `wait` would never hear that one was cancelled
-        pixels: Pixels = {
-            transform: images[: batch.num_images] for transform, images in batch.pixels.items()
-        }
-        return self._passes.score(pixels)
+        return self._passes.score(batch.pixels, batch.num_images)
 
     def _finish(self, batch: _DeviceBatch) -> None:
         """Give the rows of a batch their results."""
@@ -312,6 +312,15 @@ def _decode_images(
             for transform, square in zip(transforms, decoded, strict=True):
                 pixels[transform][position] = square
     return faults
+
+
+def _decoding_threads(passes: ForwardPasses) -> int:
+    """The threads that decode where nobody says how many.
+
+    On a GPU, two of the task's cores are for those that read and that launch its kernels.
+    """
+    cores = torch.get_num_threads()  # a Spark worker has as many as its task
+    return max(cores - 2, 1) if passes.on_gpu else _CPU_DECODING_THREADS
 
 
 def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:

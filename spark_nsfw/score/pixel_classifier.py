@@ -12,7 +12,13 @@ import torch
 
 from spark_nsfw.score.detector import Detector
 from spark_nsfw.score.pixels import Transform, decode_batch
-from spark_nsfw.score.tower import Precision, Tower, check_speed, precision_on
+from spark_nsfw.score.tower import (
+    Precision,
+    Tower,
+    batch_size_on,
+    check_speed,
+    precision_on,
+)
 
 __all__ = ["PixelClassifier"]
 
@@ -38,8 +44,10 @@ class PixelClassifier(Detector[Tower]):
     Args:
         transform: how an image becomes the pixels that the model takes.
         mean, std: of the pixels that it was trained on, per RGB channel, on a scale of 0 to 1.
-        batch_size: images per forward pass, where no embedder says.
-        num_threads_per_worker: threads that decode images, where no embedder says.
+        batch_size: images per forward pass, where no embedder says; None takes what suits
+            the device.
+        num_threads_per_worker: threads that decode images, where no embedder says; None
+            takes what suits the task's cores.
         autocast: compute in float16 on a GPU; False computes in float32 everywhere.
         precision: ``float32``, ``float16`` or ``bfloat16`` on any device, whatever
             ``autocast`` says.
@@ -54,8 +62,8 @@ class PixelClassifier(Detector[Tower]):
         pred_column: str | None = None,
         pred_type: Any = float,
         *,
-        batch_size: int = 64,
-        num_threads_per_worker: int = 4,
+        batch_size: int | None = None,
+        num_threads_per_worker: int | None = None,
         autocast: bool = True,
         precision: Precision | None = None,
         model_path: str | None = None,
@@ -161,8 +169,9 @@ class PixelClassifier(Detector[Tower]):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         ready = self.ready(device)
         scores = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
+        step = batch_size_on(device, self.batch_size)
+        for start in range(0, len(images), step):
+            batch = images[start : start + step]
             pixels = torch.from_numpy(decode_batch(batch, ready.transform, start))
             with torch.inference_mode():
                 scores.append(ready.score(pixels.to(device)).cpu())

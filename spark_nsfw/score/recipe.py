@@ -137,18 +137,20 @@ class Recipe:
         return list(dict.fromkeys(own + [each.transform for each in self.pixel_classifiers]))
 
     @property
-    def batch_size(self) -> int:
-        """Images per forward pass: the embedder's, else the least of the classifiers'."""
+    def batch_size(self) -> int | None:
+        """Images per forward pass: the embedder's, else the least of the classifiers', if any."""
         if self.embedder is not None:
             return self.embedder.batch_size
-        return min(each.batch_size for each in self.pixel_classifiers)
+        given = [each.batch_size for each in self.pixel_classifiers if each.batch_size is not None]
+        return min(given, default=None)
 
     @property
-    def num_threads(self) -> int:
-        """Threads that decode images: the embedder's, else the most of the classifiers'."""
+    def num_threads(self) -> int | None:
+        """Threads that decode images: the embedder's, else the most of the classifiers', if any."""
         if self.embedder is not None:
             return self.embedder.num_threads_per_worker
-        return max(each.num_threads_per_worker for each in self.pixel_classifiers)
+        threads = [each.num_threads_per_worker for each in self.pixel_classifiers]
+        return max((number for number in threads if number is not None), default=None)
 
     @property
     def result_fields(self) -> list[pa.Field]:

@@ -93,8 +93,10 @@ class TimmImageClassifier(PixelClassifier):
         label: the label, or labels, whose probability is the score.
         label_names: of the model's outputs, in order; None takes the hub's.
         pred_column: the column that the scores go to; None makes one of the model's name.
-        batch_size: images per forward pass, where no embedder says.
-        num_threads_per_worker: threads that decode images, where no embedder says.
+        batch_size: images per forward pass, where no embedder says; None takes what suits
+            the device.
+        num_threads_per_worker: threads that decode images, where no embedder says; None
+            takes what suits the task's cores.
         model_path: its ``model.safetensors`` or PyTorch file, a path or URL; None takes the
             hub's, downloaded once.
         autocast: compute in float16 on a GPU; False computes in float32 everywhere.
@@ -111,8 +113,8 @@ class TimmImageClassifier(PixelClassifier):
         label: str | Sequence[str] | None = None,
         label_names: Sequence[str] | None = None,
         pred_column: str | None = None,
-        batch_size: int = 64,
-        num_threads_per_worker: int = 4,
+        batch_size: int | None = None,
+        num_threads_per_worker: int | None = None,
         model_path: str | None = None,
         autocast: bool = True,
         precision: Precision | None = None,

@@ -19,6 +19,7 @@ __all__ = [
     "PRECISIONS",
     "Precision",
     "Tower",
+    "batch_size_on",
     "check_speed",
     "create_network",
     "network_shape",
@@ -32,6 +33,12 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 #: On a CPU every forward pass has this many images, so that an embedding depends on nothing
 #: but its image. More at a time are no faster.
 CPU_BLOCK_IMAGES = 8
+
+#: Larger batches would only hold pixels.
+_CPU_BATCH_SIZE = 64
+
+#: A GPU's matrix units are busy from here on (docs/performance.md).
+_GPU_BATCH_SIZE = 256
 
 
 def precision_on(device: str, precision: Precision | None, autocast: bool) -> Precision:
@@ -47,15 +54,27 @@ def precision_on(device: str, precision: Precision | None, autocast: bool) -> Pr
     return "float16" if autocast and torch.device(device).type == "cuda" else "float32"
 
 
-def check_speed(batch_size: int, num_threads: int, precision: str | None) -> None:
+def batch_size_on(device: str, batch_size: int | None) -> int:
+    """The images that models on pixels take at a time on a device.
+
+    Args:
+        device: a torch device.
+        batch_size: what the user gave; None where nobody says.
+    """
+    if torch.device(device).type == "cuda":
+        return batch_size or _GPU_BATCH_SIZE
+    return min(batch_size or _CPU_BATCH_SIZE, _CPU_BATCH_SIZE)
+
+
+def check_speed(batch_size: int | None, num_threads: int | None, precision: str | None) -> None:
     """Refuse what no model on pixels can run with.
 
     Raises:
         InputError: names the option.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch-size (batch_size) is at least 1, not {batch_size}")
-    if num_threads < 1:
+    if num_threads is not None and num_threads < 1:
         raise InputError(f"--num-threads (num_threads_per_worker) is at least 1, not {num_threads}")
     if precision not in (None, *PRECISIONS):
         raise InputError(

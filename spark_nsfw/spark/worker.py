@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,13 +51,49 @@ def choose_device(device: str | None = None) -> str:
     task = TaskContext.get()
     resources = task.resources() if task is not None else {}
     if "gpu" in resources:
-        # The address counts the machine's GPUs, torch those that the environment leaves.
-        address = resources["gpu"].addresses[0]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if address in visible:
-            return f"cuda:{visible.index(address)}"
-        return "cuda:0" if visible != [""] and len(visible) == 1 else f"cuda:{address}"
+        return _device_at(resources["gpu"].addresses[0])
     return "cuda:0" if device == "cuda" or torch.cuda.is_available() else "cpu"
+
+
+def _device_at(address: str) -> str:
+    """The torch device at an address of Spark's.
+
+    Args:
+        address: a number, in nvidia-smi's order, or a UUID such as ``GPU-…`` and ``MIG-…``.
+
+    Raises:
+        InputError: nobody knows which of the visible GPUs that is.
+    """
+    # The address counts the machine's GPUs, torch those that the environment leaves.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    left = visible.split(",")
+    if address in left:
+        return f"cuda:{left.index(address)}"
+    if visible and len(left) == 1:
+        return "cuda:0"
+    if not address.isdigit():  # torch cannot be told of it in another way, nor of a part of a GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = address
+        return "cuda:0"
+    if visible and not all(each.isdigit() for each in left):
+        return f"cuda:{left.index(_uuid_of(address, left))}"
+    return f"cuda:{address}"
+
+
+def _uuid_of(address: str, left: list[str]) -> str:
+    """The UUID of nvidia-smi's GPU of that number, as CUDA_VISIBLE_DEVICES has it."""
+    command = ["nvidia-smi", f"--id={address}", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as exc:
+        told = str(exc)
+    for uuid in left:
+        if told.startswith(uuid):  # CUDA takes the beginning of a UUID, too
+            return uuid
+    raise InputError(
+        f"Spark gave this task GPU {address}, and CUDA_VISIBLE_DEVICES has {','.join(left)}: "
+        f"which of them is it? nvidia-smi says {told!r}. Let spark.executor.resource.gpu."
+        "discoveryScript tell UUIDs, or leave CUDA_VISIBLE_DEVICES unset"
+    )
 
 
 def device_kind(spark: SparkSession, device: str | None = None) -> str:

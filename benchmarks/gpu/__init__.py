@@ -1,0 +1,1 @@
+"""A tower on a GPU, without Spark and without network: ``python -m benchmarks.gpu``."""
