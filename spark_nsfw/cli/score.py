@@ -206,7 +206,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from spark_nsfw.spark.session import start_session
 
-    session = start_session()  # and meanwhile, torch is imported and weights are looked at
+    session = start_session(scores=True)  # and meanwhile, torch is imported and weights are looked at
 
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.mixing import refuse_other_results

@@ -13,20 +13,35 @@ from __future__ import annotations
 
 import gc
 
-import pandas  # noqa: F401  # what Spark's own workers import
-import pyarrow  # noqa: F401
-from pyspark.daemon import manager
-
 from spark_nsfw.spark.cluster import is_reader
+from spark_nsfw.spark.early import hand_over
 
-if is_reader():
-    import spark_nsfw.spark.units
-else:
-    import spark_nsfw.spark.worker  # noqa: F401  # torch, timm and the scorers
+__all__ = ["manage"]
 
-__all__: list[str] = []
 
-if __name__ == "__main__":
+def import_all() -> None:
+    """Import what workers need."""
+    gc.disable()  # looking at what was just imported would take 0.7 s
+    import pandas  # what Spark's own workers import
+    import pyarrow  # noqa: F401
+
+    if is_reader():
+        import spark_nsfw.spark.units
+    else:
+        import spark_nsfw.spark.worker  # noqa: F401  # torch, timm and the scorers
+    gc.enable()
     gc.collect()
     gc.freeze()
+
+
+def manage() -> None:
+    """Fork workers for Spark until it ends."""
+    from pyspark.daemon import manager
+
     manager()
+
+
+if __name__ == "__main__":
+    if is_reader() or not hand_over():
+        import_all()
+        manage()

@@ -16,6 +16,7 @@ from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.spark.early import start_daemon
 from spark_nsfw.spark.jvm import local_jvm_options
 
 __all__ = ["active_or_local_session", "session_settings", "start_session"]
@@ -38,10 +39,13 @@ def active_or_local_session() -> SparkSession:
     return start_session()()
 
 
-def start_session() -> Callable[[], SparkSession]:
+def start_session(scores: bool = False) -> Callable[[], SparkSession]:
     """Begin to start what `active_or_local_session` gives; call the result to wait for it.
 
     A local JVM takes seconds to start, in which there is other work to do.
+
+    Args:
+        scores: workers will need torch, and a local session has them import it meanwhile.
 
     Raises:
         InputError: there is no Java to run Spark with.
@@ -64,6 +68,8 @@ def start_session() -> Callable[[], SparkSession]:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     if "MASTER" in os.environ:
         return SparkSession.builder.appName("spark-nsfw").getOrCreate
+    if scores:
+        start_daemon()
     started: Future[None] = Future()
     threading.Thread(target=_start_local, args=[started], daemon=True).start()
 

@@ -1,0 +1,92 @@
+"""A Python daemon that is ready when Spark asks for one.
+
+Spark starts its daemon when the first task needs it, and importing torch takes that seconds. On
+one machine the command line can begin before there is a JVM: `start_daemon` starts a process that
+imports all, and the daemon that Spark starts later hands it its pipes and waits (`hand_over`). For
+Spark the two are one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+__all__ = ["hand_over", "start_daemon"]
+
+#: Where the process listens that was started early, for the daemon that Spark starts.
+_SOCKET_VARIABLE = "SPARK_NSFW_EARLY_DAEMON"
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def start_daemon() -> None:
+    """Start a daemon for the workers that score; it ends with this process, or with Spark."""
+    path = Path(tempfile.mkdtemp(prefix="spark-nsfw-"), "daemon")
+    # Spark gives its workers as many of these threads as a task has cores.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, path],
+        stdin=subprocess.PIPE,  # ends with this process, which tells the other to end, too
+        env=environment,
+    )
+    _started.append(process)
+    os.environ[_SOCKET_VARIABLE] = str(path)
+
+
+def hand_over() -> bool:
+    """Let the process that was started early be the daemon in place of this one, if it can.
+
+    Returns once it has ended.
+    """
+    path = os.environ.pop(_SOCKET_VARIABLE, None)
+    if path is None:
+        return False
+    with socket.socket(socket.AF_UNIX) as there:
+        try:
+            there.connect(path)
+        except OSError:  # another daemon has it, or it could not start
+            return False
+        about = {"environment": dict(os.environ), "path": sys.path, "directory": str(Path.cwd())}
+        socket.send_fds(there, [b"\n"], [0, 1, 2])
+        there.sendall(json.dumps(about).encode())
+        there.shutdown(socket.SHUT_WR)
+        there.recv(1)
+    return True
+
+
+def _become_daemon(path: str) -> None:
+    """Import all, wait for a daemon that hands over, and do its work."""
+    os.setpgid(0, 0)  # as Spark's do; Ctrl-C would end it before Spark is done with it
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(1)
+        from spark_nsfw.spark.daemon import import_all, manage
+
+        import_all()
+        ready, _, _ = select.select([listening, 0], [], [])
+        shutil.rmtree(Path(path).parent)
+        if listening not in ready:
+            return
+        there, _ = listening.accept()
+    _, pipes, _, _ = socket.recv_fds(there, 1, 3)
+    for number, pipe in enumerate(pipes):
+        os.dup2(pipe, number)
+        os.close(pipe)
+    with there.makefile("rb") as stream:
+        about = json.load(stream)
+    os.environ.clear()
+    os.environ.update(about["environment"])
+    sys.path[:] = about["path"]
+    os.chdir(about["directory"])
+    manage()  # `there` is closed when this process ends
+
+
+if __name__ == "__main__":
+    _become_daemon(sys.argv[1])
