@@ -89,7 +89,7 @@ def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, monkeypatc
     ]  # fmt: skip
     capsys.readouterr()
     arguments.remove("--detector=test_detectors:Darkness")
-    monkeypatch.setattr("spark_nsfw.spark.session.start_session", lambda: not_needed)
+    monkeypatch.setattr("spark_nsfw.spark.session.start_session", lambda **_: not_needed)
     assert main(arguments) == 1
     assert "has the result columns " in capsys.readouterr().err
 

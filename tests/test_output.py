@@ -425,7 +425,7 @@ def test_score_touches_nothing_where_it_must_not_write(
 ):
     monkeypatch.chdir(home)
     monkeypatch.setattr(  # refused before Spark starts
-        "spark_nsfw.spark.session.active_or_local_session", lambda: pytest.fail("Spark started")
+        "spark_nsfw.spark.session.start_session", lambda **_: pytest.fail("Spark started")
     )
     before = contents(home)
     assert main(["score", *arguments(given, output, detector_path), *overwrite]) == 2

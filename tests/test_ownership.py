@@ -143,11 +143,12 @@ def data(tmp_path, monkeypatch):
         rows = [] if shard == "__schema__" else [{"key": "0", "image_embedding": [0.0] * 768}]
         pq.write_table(pa.Table.from_pylist(rows, schema), path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spark_nsfw.spark.session.active_or_local_session", _no_spark)
+    for name in ("active_or_local_session", "start_session"):
+        monkeypatch.setattr(f"spark_nsfw.spark.session.{name}", _no_spark)
     return tmp_path
 
 
-def _no_spark():
+def _no_spark(**_):
     raise SparkStartedError
 
 

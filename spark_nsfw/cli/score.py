@@ -200,13 +200,16 @@ def _run(options: argparse.Namespace) -> int:
     refuse_place(output.url, source)
     if not options.watch:
         refuse_names(source.units(), output.url)
-    replacing = options.overwrite and output.has_files
+    has_files = output.has_files
+    replacing = options.overwrite and has_files
     if replacing and not options.yes:
         _ask(f"Delete {options.output} and score everything anew?")
 
     from spark_nsfw.spark.session import start_session
 
-    session = start_session(scores=True)  # and meanwhile, torch is imported and weights are looked at
+    # Meanwhile torch is imported and weights are looked at. Where there is an output already,
+    # there may be nothing to do for workers.
+    session = start_session(scores=replacing or not has_files)
 
     from spark_nsfw.spark.job import JobOptions, run_job
     from spark_nsfw.spark.mixing import refuse_other_results

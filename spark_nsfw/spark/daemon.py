@@ -22,7 +22,7 @@ __all__ = ["manage"]
 def import_all() -> None:
     """Import what workers need."""
     gc.disable()  # looking at what was just imported would take 0.7 s
-    import pandas  # what Spark's own workers import
+    import pandas  # noqa: F401  # what Spark's own workers import
     import pyarrow  # noqa: F401
 
     if is_reader():

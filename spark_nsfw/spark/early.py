@@ -70,9 +70,9 @@ def _become_daemon(path: str) -> None:
         from spark_nsfw.spark.daemon import import_all, manage
 
         import_all()
-        ready, _, _ = select.select([listening, 0], [], [])
+        ready, _, _ = select.select([listening.fileno(), 0], [], [])
         shutil.rmtree(Path(path).parent)
-        if listening not in ready:
+        if listening.fileno() not in ready:
             return
         there, _ = listening.accept()
     _, pipes, _, _ = socket.recv_fds(there, 1, 3)

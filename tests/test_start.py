@@ -1,0 +1,224 @@
+"""What starts before the first image is scored: the command, the JVM, Spark's Python daemon."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from spark_nsfw.errors import InputError
+from spark_nsfw.spark import early, jvm, session
+
+SPY = """
+import os, pathlib
+from spark_nsfw import PixelClassifier, Transform
+
+class Spy(PixelClassifier):
+    def __init__(self, model_path=None):
+        super().__init__("spy", Transform(16), (0, 0, 0), (1, 1, 1))
+
+    def load_model(self, device):
+        parent = pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        told = {"parent": parent.decode().split(chr(0)), "threads": os.environ["OMP_NUM_THREADS"]}
+        told["directory"] = os.getcwd()
+        pathlib.Path(os.environ["TOLD"], str(os.getpid())).write_text(repr(told))
+        return lambda pixels: pixels.mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """Where a detector in `tmp_path` tells of the worker that it is in."""
+    (tmp_path / "spies.py").write_text(SPY)
+    (tmp_path / "told").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    return tmp_path / "told"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "spark_nsfw.cli", *map(str, arguments)]
+
+
+def score(shards, output, *more):
+    given = ["score", shards, output, "--detector=spies:Spy", "--columns=", "--plan=fused", *more]
+    return subprocess.run(command(*given), capture_output=True, text=True)
+
+
+def descendants_end(before):
+    """Wait until no process is left that was not there before."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        left = [
+            each for each in psutil.process_iter(["pid", "cmdline"])
+            if each.pid not in before and "spark_nsfw" in " ".join(each.info["cmdline"] or [])
+        ]  # fmt: skip
+        if not left:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"still there: {left}")
+
+
+def workers(told):
+    return [eval(path.read_text()) for path in told.iterdir()]
+
+
+def test_workers_come_from_the_daemon_that_was_started_early(shards, tmp_path, told):
+    before = set(psutil.pids())
+    ended = score(shards, tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
+    assert workers(told)
+    for worker in workers(told):
+        assert "spark_nsfw.spark.early" in worker["parent"]
+        assert worker["threads"] == "1"
+        assert worker["directory"] == str(tmp_path)
+    descendants_end(before)
+    assert "samples in" in ended.stdout  # all of it was written before the process ended
+    for path in told.iterdir():
+        path.unlink()
+    # Where there is an output, there may be nothing to do: Spark's own daemon is early enough.
+    assert score(shards, tmp_path / "out", "--overwrite", "--yes").returncode == 0
+    assert all("spark_nsfw.spark.early" in worker["parent"] for worker in workers(told))
+    one = next((tmp_path / "out").glob("shard=0*"))
+    for path in [*one.iterdir(), *told.iterdir()]:
+        path.unlink()
+    assert score(shards, tmp_path / "out").returncode == 0
+    assert workers(told)
+    assert all("spark_nsfw.spark.daemon" in worker["parent"] for worker in workers(told))
+
+
+def test_a_command_that_fails_leaves_no_daemon(shards, tmp_path, told):
+    before = set(psutil.pids())
+    ended = score(shards, tmp_path / "out", "--detector=laion=missing.zip", "--no-pretrained")
+    assert ended.returncode in (1, 2)
+    assert "missing.zip" in ended.stderr
+    descendants_end(before)
+
+
+def test_without_an_early_daemon_there_is_nobody_to_hand_over_to(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPARK_NSFW_EARLY_DAEMON", raising=False)
+    assert not early.hand_over()
+    monkeypatch.setenv("SPARK_NSFW_EARLY_DAEMON", str(tmp_path / "gone"))
+    assert not early.hand_over()
+    assert "SPARK_NSFW_EARLY_DAEMON" not in os.environ  # workers need not know of it
+
+
+def test_what_is_handed_over(monkeypatch, tmp_path):
+    """Pipes, environment, path and directory; it returns when the other side has ended."""
+    path = tmp_path / "daemon"
+    script = (
+        "import os, sys; from spark_nsfw.spark.early import hand_over; "
+        "print(hand_over(), file=sys.stderr)"
+    )
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(1)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | {"SPARK_NSFW_EARLY_DAEMON": str(path), "MARK": "x"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        there, _ = listening.accept()
+    _, pipes, _, _ = socket.recv_fds(there, 1, 3)
+    with there.makefile("rb") as stream:
+        about = json.load(stream)
+    assert about["environment"]["MARK"] == "x"
+    assert about["directory"] == os.getcwd()
+    os.write(pipes[1], b"from here")
+    process.stdin.write("to there")
+    process.stdin.flush()
+    assert os.read(pipes[0], 100) == b"to there"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    for pipe in pipes:
+        os.close(pipe)
+    there.close()
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("from here", "True\n")
+
+
+def test_a_session_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr("pyspark.sql.SparkSession.getActiveSession", lambda: None)
+    for name in ("PYSPARK_GATEWAY_PORT", "SPARK_REMOTE", "MASTER", "JAVA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(InputError, match="Java 17 or 21"):
+        session.start_session()
+    monkeypatch.setenv("JAVA_HOME", "/somewhere")
+    monkeypatch.setattr(session, "launch_gateway", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.start_session()()
+
+
+def java_session(cache, options=""):
+    """What a local session says of its JVM, and all that it prints."""
+    script = """
+from spark_nsfw.spark.session import active_or_local_session
+spark = active_or_local_session()
+beans = spark._jvm.java.lang.management.ManagementFactory.getRuntimeMXBean()
+print(list(beans.getInputArguments()))
+print(spark.range(3).count())
+"""
+    environment = os.environ | {"SPARK_NSFW_CACHE": str(cache), "SPARK_SUBMIT_OPTS": options}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "3"
+    return eval(ended.stdout.splitlines()[-2]), ended.stdout + ended.stderr
+
+
+def test_classes_are_kept_once_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    assert not any("SharedArchive" in option for option in jvm.local_jvm_options())
+    archive = jvm.keep_classes()
+    assert archive.parent == tmp_path
+    assert archive.stat().st_size > 20 << 20
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+    written = archive.stat().st_mtime_ns
+    assert jvm.keep_classes() == archive
+    assert archive.stat().st_mtime_ns == written
+    options, _ = java_session(tmp_path)
+    assert f"-XX:SharedArchiveFile={archive}" in options
+    log = tmp_path / "classes"
+    java_session(tmp_path, f"-Xlog:class+load:file={log}")
+    lines = [line for line in log.read_text().splitlines() if "org.apache.spark" in line]
+    kept = sum("shared objects file" in line for line in lines)
+    assert kept > len(lines) / 2
+
+
+def test_an_archive_that_java_cannot_use_is_left_alone_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    jvm.class_archive().write_bytes(b"damaged")
+    _, printed = java_session(tmp_path)
+    told = [line for line in printed.splitlines() if not line.startswith("WARNING: Using incub")]
+    assert len(told) == 2, printed
+
+
+def test_another_java_or_spark_has_classes_of_its_own(tmp_path, monkeypatch):
+    java, jars = tmp_path / "bin" / "java", tmp_path / "spark" / "jars"
+    jars.mkdir(parents=True)
+    java.parent.mkdir()
+    java.write_text("1")
+    java.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("SPARK_HOME", str(tmp_path / "spark"))
+    names = {jvm.class_archive().name}
+    (jars / "a.jar").write_text("1")
+    names.add(jvm.class_archive().name)
+    (jars / "a.jar").write_text("22")
+    names.add(jvm.class_archive().name)
+    java.write_text("22")
+    names.add(jvm.class_archive().name)
+    assert len(names) == 4
+
+
+def test_ones_own_java_options_come_last(tmp_path):
+    options, _ = java_session(tmp_path, "-XX:TieredStopAtLevel=3")
+    levels = [option for option in options if "TieredStopAtLevel" in option]
+    assert levels == ["-XX:TieredStopAtLevel=1", "-XX:TieredStopAtLevel=3"]
