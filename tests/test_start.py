@@ -155,6 +155,19 @@ def test_a_session_that_cannot_start_says_so(monkeypatch):
         session.start_session()()
 
 
+def test_later_calls_give_the_same_session_in_any_thread():
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+from spark_nsfw.spark.session import active_or_local_session
+sessions = [active_or_local_session(), active_or_local_session()]
+with ThreadPoolExecutor() as pool:
+    sessions.append(pool.submit(active_or_local_session).result())
+print(len({session.sparkContext.applicationId for session in sessions}))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("1\n", 0), ended.stderr
+
+
 def java_session(cache, options=""):
     """What a local session says of its JVM, and all that it prints."""
     script = """

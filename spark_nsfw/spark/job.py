@@ -40,11 +40,19 @@ from spark_nsfw.use.summary import Summary, counted
 
 __all__ = ["JobOptions", "run_job", "write_units"]
 
+#: How long a Python worker may compute without giving a row; it is taken for hung then.
+_HUNG_SECONDS = 1800
+
 _SETTINGS = {
     # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
     "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
     # A run beside this one may delete a file that both wrote while this one sums up.
     "spark.sql.files.ignoreMissingFiles": "true",
+    # Tells where a worker was when it crashed.
+    "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
+    # Kills a worker whose decoder hangs, from Spark 4.1 on.
+    "spark.sql.execution.pyspark.udf.idleTimeoutSeconds": str(_HUNG_SECONDS),
+    "spark.sql.execution.pyspark.udf.killOnIdleTimeout": "true",
 }
 
 

@@ -55,6 +55,8 @@ def start_session(scores: bool = False) -> Callable[[], SparkSession]:
         return lambda: active
     for name in ("SQLQueryContextLogger", "py4j.clientserver"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
+    if SparkContext._active_spark_context is not None:  # a session is active in its thread only
+        return SparkSession.builder.getOrCreate
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     if submitted or os.environ.get("SPARK_REMOTE"):
         return SparkSession.builder.appName("spark-nsfw").getOrCreate

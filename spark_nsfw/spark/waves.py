@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,15 @@ __all__ = [
     "write_apart",
 ]
 
-#: What Spark says when a Python worker or its executor died, or had no memory left.
+#: What Spark says when a Python worker or its executor died, was hung, or had no memory left.
 _CRASH = re.compile(
-    r"Python worker exited unexpectedly|ExecutorLostFailure|\b(_Array)?MemoryError\b"
+    r"Python worker exited unexpectedly|terminated due to idle timeout|ExecutorLostFailure"
+    r"|\b(_Array)?MemoryError\b"
 )
+
+#: A frame of faulthandler's.
+_FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
+_MOST_FRAMES = 6
 
 #: This many crashes before anything is written point to the cluster, not to the units.
 _MAX_CRASHES_AT_FIRST = 4
@@ -219,5 +225,15 @@ def reason(error: BaseException) -> str:
     python = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception): \S", line)]
     java = [line for line in lines if re.match(r"(Caused by)?: [\w.$]+: \S", line)]
     told = [line.split(": ", 2)[2] for line in java]
-    death = [line for line in (*told, *lines) if _CRASH.search(line)]
+    death = [line.rstrip(": ") + _stack(lines) for line in (*told, *lines) if _CRASH.search(line)]
     return next(iter([*death[:1], *python[-1:], *told[-1:], *lines[:1]]), repr(error))
+
+
+def _stack(lines: Sequence[str]) -> str:
+    """Where a thread was when it killed its worker, innermost first, as faulthandler tells it."""
+    starts = [n for n, line in enumerate(lines) if line.startswith("Current thread 0x")]
+    if not starts:
+        return ""
+    frames = itertools.takewhile(bool, map(_FRAME.match, lines[starts[0] + 1 :]))
+    told = [f"{frame[3]} ({frame[1]}, line {frame[2]})" for frame in frames if frame]
+    return f", in {', '.join(told[:_MOST_FRAMES])}"
