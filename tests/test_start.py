@@ -49,18 +49,21 @@ def score(shards, output, *more):
     return subprocess.run(command(*given), capture_output=True, text=True)
 
 
-def descendants_end(before):
-    """Wait until no process is left that was not there before."""
+def all_end(told):
+    """Wait until no process is left of the commands that this test has run."""
     until = time.monotonic() + 30
-    while time.monotonic() < until:
-        left = [
-            each for each in psutil.process_iter(["pid", "cmdline"])
-            if each.pid not in before and "spark_nsfw" in " ".join(each.info["cmdline"] or [])
-        ]  # fmt: skip
-        if not left:
-            return
+    while left := [each for each in psutil.process_iter() if mark_of(each) == str(told)]:
+        assert time.monotonic() < until, f"still there: {left}"
         time.sleep(0.2)
-    raise AssertionError(f"still there: {left}")
+
+
+def mark_of(process):
+    if process.pid == os.getpid():
+        return None
+    try:
+        return process.environ().get("TOLD")
+    except psutil.Error:
+        return None
 
 
 def workers(told):
@@ -68,35 +71,34 @@ def workers(told):
 
 
 def test_workers_come_from_the_daemon_that_was_started_early(shards, tmp_path, told):
-    before = set(psutil.pids())
     ended = score(shards, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert workers(told)
     for worker in workers(told):
-        assert "spark_nsfw.spark.early" in worker["parent"]
+        assert "--early" in worker["parent"]
         assert worker["threads"] == "1"
         assert worker["directory"] == str(tmp_path)
-    descendants_end(before)
+    all_end(told)
     assert "samples in" in ended.stdout  # all of it was written before the process ended
     for path in told.iterdir():
         path.unlink()
     # Where there is an output, there may be nothing to do: Spark's own daemon is early enough.
     assert score(shards, tmp_path / "out", "--overwrite", "--yes").returncode == 0
-    assert all("spark_nsfw.spark.early" in worker["parent"] for worker in workers(told))
+    assert all("--early" in worker["parent"] for worker in workers(told))
     one = next((tmp_path / "out").glob("shard=0*"))
     for path in [*one.iterdir(), *told.iterdir()]:
         path.unlink()
     assert score(shards, tmp_path / "out").returncode == 0
     assert workers(told)
     assert all("spark_nsfw.spark.daemon" in worker["parent"] for worker in workers(told))
+    assert not any("--early" in worker["parent"] for worker in workers(told))
 
 
 def test_a_command_that_fails_leaves_no_daemon(shards, tmp_path, told):
-    before = set(psutil.pids())
     ended = score(shards, tmp_path / "out", "--detector=laion=missing.zip", "--no-pretrained")
     assert ended.returncode in (1, 2)
     assert "missing.zip" in ended.stderr
-    descendants_end(before)
+    all_end(told)
 
 
 def test_without_an_early_daemon_there_is_nobody_to_hand_over_to(monkeypatch, tmp_path):

@@ -87,6 +87,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decoding threads per worker (default: on a GPU the task's cores less two, else 4)",
     )
     speed.add_argument(
+        "--engine",
+        choices=["torch", "openvino"],
+        default="torch",
+        help="what computes the tower on a CPU; openvino is about twice as fast in float32 and "
+        "wants the extra of that name (default: %(default)s)",
+    )
+    speed.add_argument(
         "--precision",
         choices=["auto", "float32", "float16", "bfloat16"],
         default="auto",
@@ -257,6 +264,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             checkpoint_path=options.clip_checkpoint,
             embedding_size=options.embedding_size,
             models_dir=options.models,
+            engine=options.engine,
             **speed,
         )
     return Recipe.of(embedder, chosen, device=options.device, keep_embeddings=options.embeddings)

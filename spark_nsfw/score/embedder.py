@@ -39,6 +39,7 @@ _NOT_DESCRIBED = (
     "checkpoint_path",
     "classifiers",
     "decode",
+    "engine",
     "image_embedding_column",
     "models_dir",
     "num_threads_per_worker",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 import torch
@@ -13,6 +13,7 @@ from spark_nsfw.errors import InputError
 from spark_nsfw.score.checkpoint import check_fit, load_state_dict
 from spark_nsfw.score.download import Weights, hub_file, local_file
 from spark_nsfw.score.embedder import ImageEmbedder
+from spark_nsfw.score.openvino_engine import OpenVinoNetwork, refuse_missing_openvino
 from spark_nsfw.score.pixels import Decode
 from spark_nsfw.score.staging import staged_file
 from spark_nsfw.score.tower import Precision, create_network, network_shape, with_timm_names
@@ -21,7 +22,10 @@ from spark_nsfw.score.transformer import rearrange
 if TYPE_CHECKING:
     from spark_nsfw.score.detector import Detector
 
-__all__ = ["RANDOM_SEED", "TimmImageEmbedder"]
+__all__ = ["ENGINES", "RANDOM_SEED", "Engine", "TimmImageEmbedder"]
+
+Engine = Literal["torch", "openvino"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 #: Random towers must be the same in every worker.
 RANDOM_SEED = 0
@@ -49,6 +53,8 @@ class TimmImageEmbedder(ImageEmbedder):
             (docs/fidelity.md).
         models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
             which ``pretrained`` takes the weights instead of the hub.
+        engine: ``openvino`` computes on a CPU in OpenVINO, about twice as fast for CLIP's
+            towers in float32; ``torch`` everywhere.
         use_index_files: NeMo Curator's, for DALI; accepted, and without effect: ``.idx``
             files beside the shards are not needed.
 
@@ -76,7 +82,10 @@ class TimmImageEmbedder(ImageEmbedder):
         embedding_size: int | None = None,
         decode: Decode = "fast",
         models_dir: str | None = None,
+        engine: Engine = "torch",
     ) -> None:
+        if engine not in ENGINES:
+            raise InputError(f"--engine (engine) is {' or '.join(ENGINES)}, not {engine!r}")
         if not timm.is_model(model_name):
             raise InputError(
                 f"--model (model_name): timm has no model {model_name!r}; "
@@ -98,6 +107,7 @@ class TimmImageEmbedder(ImageEmbedder):
         )
         self.pretrained = pretrained
         self.models_dir = models_dir
+        self.engine: Engine = engine
         self.use_index_files = use_index_files
 
     @property
@@ -140,10 +150,35 @@ class TimmImageEmbedder(ImageEmbedder):
             return str(local_file(hub_file(self.model_name), self._sha256))
         return super().weights_file()
 
+    def ready(self, device: str | None = None) -> ImageEmbedder:
+        """As `ImageEmbedder.ready`.
+
+        Raises:
+            InputError: the engine is not installed, or computes on no such device.
+            WeightsError: the file cannot be had, or is not the one that was staged.
+        """
+        if self.engine == "openvino":
+            refuse_missing_openvino()
+            self._refuse_gpu(device)
+        return super().ready(device)
+
+    def _refuse_gpu(self, device: str | None) -> None:
+        if device is not None and torch.device(device).type != "cpu":
+            raise InputError(
+                f"--engine openvino (engine) computes on a CPU, not on {device}: give "
+                "--device cpu, or --engine torch"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """As `ImageEmbedder.describe`; the engine, too, where it is not torch."""
+        engine = {} if self.engine == "torch" else {"engine": self.engine}
+        return super().describe() | engine
+
     def load_embedding_model(self, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """Timm's network with its weights, on the CPU, rearranged to compute the same faster.
 
         Raises:
+            InputError: the engine is not installed, or computes on no such device.
             WeightsUnavailableError: the checkpoint cannot be had.
             WeightsMismatchError: its tensors do not fit the tower.
         """
@@ -155,7 +190,11 @@ class TimmImageEmbedder(ImageEmbedder):
             tensors = with_timm_names(load_state_dict(path), network)
             check_fit(path, tensors, network.state_dict())
             network.load_state_dict(tensors)
-        return rearrange(network.eval())
+        network = rearrange(network.eval())
+        if self.engine == "torch":
+            return network
+        self._refuse_gpu(device)
+        return OpenVinoNetwork(network, self.image_size, self.precision_on(device))
 
 
 def _close_names(model_name: str) -> list[str]:

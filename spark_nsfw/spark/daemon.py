@@ -12,14 +12,15 @@ without torch.
 from __future__ import annotations
 
 import gc
+import sys
 
 from spark_nsfw.spark.cluster import is_reader
-from spark_nsfw.spark.early import hand_over
+from spark_nsfw.spark.early import EARLY, hand_over, take_over
 
-__all__ = ["manage"]
+__all__: list[str] = []
 
 
-def import_all() -> None:
+def _import_all() -> None:
     """Import what workers need."""
     gc.disable()  # looking at what was just imported would take 0.7 s
     import pandas  # noqa: F401  # what Spark's own workers import
@@ -34,14 +35,17 @@ def import_all() -> None:
     gc.freeze()
 
 
-def manage() -> None:
-    """Fork workers for Spark until it ends."""
+def _is_the_daemon() -> bool:
+    """Whether this process is to fork the workers, once it has imported all."""
+    if sys.argv[1:2] == [EARLY]:
+        return take_over(sys.argv[2], _import_all)
+    if not is_reader() and hand_over():
+        return False
+    _import_all()
+    return True
+
+
+if __name__ == "__main__" and _is_the_daemon():
     from pyspark.daemon import manager
 
     manager()
-
-
-if __name__ == "__main__":
-    if is_reader() or not hand_over():
-        import_all()
-        manage()

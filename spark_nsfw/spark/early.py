@@ -2,8 +2,8 @@
 
 Spark starts its daemon when the first task needs it, and importing torch takes that seconds. On
 one machine the command line can begin before there is a JVM: `start_daemon` starts a process that
-imports all, and the daemon that Spark starts later hands it its pipes and waits (`hand_over`). For
-Spark the two are one.
+imports all. The daemon that Spark starts later hands it its pipes and waits (`hand_over`), and it
+does the work (`take_over`). For Spark the two are one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["hand_over", "start_daemon"]
+__all__ = ["EARLY", "hand_over", "start_daemon", "take_over"]
+
+#: The argument of a daemon that is started early; the path of its socket follows.
+EARLY = "--early"
 
 #: Where the process listens that was started early, for the daemon that Spark starts.
 _SOCKET_VARIABLE = "SPARK_NSFW_EARLY_DAEMON"
 
+#: What must live as long as this process.
 _started: list[subprocess.Popen[bytes]] = []
+_handed_over: list[socket.socket] = []
 
 
 def start_daemon() -> None:
@@ -32,7 +38,7 @@ def start_daemon() -> None:
     # Spark gives its workers as many of these threads as a task has cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, path],
+        [sys.executable, "-m", "spark_nsfw.spark.daemon", EARLY, path],
         stdin=subprocess.PIPE,  # ends with this process, which tells the other to end, too
         env=environment,
     )
@@ -61,19 +67,25 @@ def hand_over() -> bool:
     return True
 
 
-def _become_daemon(path: str) -> None:
-    """Import all, wait for a daemon that hands over, and do its work."""
+def take_over(path: str, prepare: Callable[[], None]) -> bool:
+    """Prepare, wait for a daemon that hands over, and have its pipes and environment.
+
+    Args:
+        path: where `hand_over` connects.
+        prepare: what takes long.
+
+    Returns:
+        Whether one did; else the process that would have started it has ended.
+    """
     os.setpgid(0, 0)  # as Spark's do; Ctrl-C would end it before Spark is done with it
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(1)
-        from spark_nsfw.spark.daemon import import_all, manage
-
-        import_all()
+        prepare()
         ready, _, _ = select.select([listening.fileno(), 0], [], [])
         shutil.rmtree(Path(path).parent)
         if listening.fileno() not in ready:
-            return
+            return False
         there, _ = listening.accept()
     _, pipes, _, _ = socket.recv_fds(there, 1, 3)
     for number, pipe in enumerate(pipes):
@@ -85,8 +97,5 @@ def _become_daemon(path: str) -> None:
     os.environ.update(about["environment"])
     sys.path[:] = about["path"]
     os.chdir(about["directory"])
-    manage()  # `there` is closed when this process ends
-
-
-if __name__ == "__main__":
-    _become_daemon(sys.argv[1])
+    _handed_over.append(there)  # the other waits until this process ends and closes it
+    return True

@@ -21,6 +21,9 @@ from spark_nsfw.spark.worker import recipe_identity, worker_scorer
 
 __all__ = ["nsfw_udf", "score_column", "score_samples"]
 
+#: From Spark 4.1 on.
+arrow_udf = getattr(F, "arrow_udf", None)
+
 
 def nsfw_udf(
     embedder: ImageEmbedder | None,
@@ -49,7 +52,7 @@ def nsfw_udf(
     recipe = Recipe.of(
         embedder, classifiers, device=device, keep_embeddings=keep_embeddings
     ).ready()
-    return _score_udf(recipe, recipe_identity(recipe))
+    return _pandas_udf(recipe, recipe_identity(recipe))
 
 
 def score_samples(
@@ -60,7 +63,7 @@ def score_samples(
     device: str | None = None,
     keep_embeddings: bool = True,
 ) -> DataFrame:
-    """Rows with image bytes → metadata rows, by `nsfw_udf`.
+    """Rows with image bytes → metadata rows, as `nsfw_udf` scores them.
 
     Args:
         samples: from `read_webdataset`, or any DataFrame with a binary column ``image``.
@@ -78,7 +81,7 @@ def score_samples(
 def score_column(
     samples: DataFrame, recipe: Recipe, identity: str, counts: Any = None
 ) -> DataFrame:
-    """As `score_samples`, by a recipe that is ready.
+    """As `score_samples`, by a recipe that is ready, and without pandas where Spark has a way.
 
     Args:
         samples: as for `score_samples`.
@@ -87,7 +90,8 @@ def score_column(
             have an image.
     """
     results = recipe.result_columns
-    scored = samples.withColumn("_scored", _score_udf(recipe, identity, counts)(F.col(IMAGE)))
+    make = _pandas_udf if arrow_udf is None else _arrow_udf
+    scored = samples.withColumn("_scored", make(recipe, identity, counts)(F.col(IMAGE)))
     replaced = {name.casefold() for name in (IMAGE, STATUS, ERROR_MESSAGE, *results)}
     own = [name for name in samples.columns if name.casefold() not in replaced]
     status, message = F.col(f"_scored.{STATUS}"), F.col(f"_scored.{ERROR_MESSAGE}")
@@ -105,32 +109,52 @@ def score_column(
     )
 
 
-def _score_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
-    fields = [
-        pa.field(STATUS, pa.string()),
-        pa.field(ERROR_MESSAGE, pa.string()),
-        *recipe.result_fields,
-    ]
-
-    @pandas_udf(spark_schema(fields))
+def _pandas_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
+    @pandas_udf(spark_schema(_fields(recipe)))
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
-        scorer = worker_scorer(recipe, identity)
-        num_null: list[int] = []
-
-        def rows() -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
-            for series in images:
-                num_null.append(int(series.isna().sum()))
-                yield _all_ok(len(series)), series.tolist()
-
-        for batch in scorer.score_rows(rows()):
-            if counts is not None:
-                by_status = Counter(batch.column(STATUS).to_pylist())
-                by_status[Status.IMAGE_MISSING.value] -= num_null.pop(0)
-                counts.add(by_status)
-            yield pd.DataFrame({field.name: _series(batch.column(field.name)) for field in fields})
+        for batch in _scored((series.tolist() for series in images), recipe, identity, counts):
+            yield pd.DataFrame({name: _series(batch.column(name)) for name in batch.schema.names})
 
     # Else Spark evaluates it twice where a filter stands on its result.
     return score.asNondeterministic()
+
+
+def _arrow_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
+    assert arrow_udf is not None
+
+    @arrow_udf(spark_schema(_fields(recipe)))
+    def score(images: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        buffers = ([image.as_buffer() for image in array] for array in images)
+        for batch in _scored(buffers, recipe, identity, counts):
+            yield batch.to_struct_array()
+
+    return score.asNondeterministic()
+
+
+def _fields(recipe: Recipe) -> list[pa.Field]:
+    own = [pa.field(STATUS, pa.string()), pa.field(ERROR_MESSAGE, pa.string())]
+    return own + recipe.result_fields
+
+
+def _scored(
+    images: Iterator[list[Any]], recipe: Recipe, identity: str, counts: Any
+) -> Iterator[pa.RecordBatch]:
+    """Lists of encoded images, None where there is none → the columns of `_fields`."""
+    scorer = worker_scorer(recipe, identity)
+    names = [field.name for field in _fields(recipe)]
+    num_null: list[int] = []
+
+    def rows() -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+        for some in images:
+            num_null.append(sum(image is None for image in some))
+            yield _all_ok(len(some)), some
+
+    for batch in scorer.score_rows(rows()):
+        if counts is not None:
+            by_status = Counter(batch.column(STATUS).to_pylist())
+            by_status[Status.IMAGE_MISSING.value] -= num_null.pop(0)
+            counts.add(by_status)
+        yield batch.select(names)
 
 
 def _all_ok(num_rows: int) -> pa.RecordBatch:
