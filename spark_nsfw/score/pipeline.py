@@ -8,8 +8,8 @@ batches, so neither the size of a shard nor that of an Arrow batch shapes it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -105,7 +105,8 @@ class Pipeline:
         self._recipe = recipe
         self._passes = passes
         self._transforms = recipe.transforms
-        self._decoders, self._computers = _executors(recipe, passes)
+        self._decoders = _thread_pool(recipe.num_threads or _decoding_threads(passes), "decode")
+        self._computers = _thread_pool(passes.num_threads, "compute")
         self._waiting: deque[_Batch] = deque()
         self._num_rows_waiting = 0
         self._filling: _DeviceBatch | None = None
@@ -122,8 +123,8 @@ class Pipeline:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for executor in (self._decoders, self._computers):
-            executor.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._decoders, self._computers):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, rows: Rows) -> None:
         """Start on the images of some rows; waits while enough others are under way."""
@@ -313,28 +314,13 @@ def _decode_images(
     return faults
 
 
-def _executors(recipe: Recipe, passes: ForwardPasses) -> tuple[Executor, Executor]:
-    """What decodes and what computes."""
+def _decoding_threads(passes: ForwardPasses) -> int:
+    """The threads that decode where nobody says how many.
+
+    On a GPU, two of the task's cores are for those that read and that launch its kernels.
+    """
     cores = torch.get_num_threads()  # a Spark worker has as many as its task
-    num_decoding = recipe.num_threads
-    if num_decoding is None:
-        if not passes.on_gpu and cores == 1:
-            return _AtOnce(), _AtOnce()
-        # On a GPU, two cores are for the threads that read and that launch its kernels.
-        num_decoding = max(cores - 2, 1) if passes.on_gpu else _CPU_DECODING_THREADS
-    return _thread_pool(num_decoding, "decode"), _thread_pool(passes.num_threads, "compute")
-
-
-class _AtOnce(Executor):
-    """Does what is submitted in the thread that submits it: one core gains nothing by more."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        try:
-            done.set_result(fn(*args, **kwargs))
-        except Exception as exc:
-            done.set_exception(exc)
-        return done
+    return max(cores - 2, 1) if passes.on_gpu else _CPU_DECODING_THREADS
 
 
 def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
