@@ -28,7 +28,7 @@ test-spark35 test-spark40: test-%: .%/.ready
 	touch $@
 
 bench: $(VENV)/.ready
-	for name in pixels detectors open_nsfw breakdown plans memory scale waves classify export fidelity; do \
+	for name in pixels tower detectors open_nsfw breakdown start plans memory scale waves classify export fidelity; do \
 		$(RUN)python -m benchmarks.$$name || exit 1; \
 	done
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
-from spark_nsfw.score import forward
 from spark_nsfw.score.forward import ForwardPasses
 from spark_nsfw.score.lanes import Lane, out_of_memory
+from spark_nsfw.score.pipeline import Pipeline
 from spark_nsfw.score.recipe import Recipe
-from spark_nsfw.score.tower import batch_size_on
+from spark_nsfw.score.tower import batch_size_on, compute_exactly
 
 
 @pytest.fixture
@@ -94,13 +94,19 @@ def test_no_memory_to_record_a_single_image_is_an_error(passes, monkeypatch):
         passes._record()
 
 
-def test_another_error_while_recording_is_raised(passes, monkeypatch):
+def test_what_cannot_be_recorded_is_computed_step_by_step(passes, pixels, monkeypatch, caplog):
     def record(*_):
-        raise RuntimeError("a kernel failed")
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
 
+    tried = []
     monkeypatch.setattr(Lane, "record", record)
-    with pytest.raises(RuntimeError, match="a kernel failed"):
-        passes._record()
+    passes._record()
+    assert "step by step, without a CUDA graph: operation not permitted" in caplog.text
+    assert not passes.records
+    assert len(tried) == 1
+    assert passes.fitting_batch_size == 8
+    assert len(passes.score(pixels, 5).embeddings) == 8
 
 
 class OwnEmbedder(TimmImageEmbedder):
@@ -155,8 +161,26 @@ def test_cuda_has_several_words_for_a_want_of_memory(words):
         ("cpu", 3, 3),
     ],
 )
-def test_batches_suit_the_device(device, given, taken):
+def test_batches_suit_the_device(monkeypatch, device, given, taken):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     assert batch_size_on(device, given) == taken
+
+
+def test_tasks_of_one_core_share_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert [batch_size_on("cuda", given) for given in (None, 100)] == [64, 100]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "cores", "given", "threads"),
+    [(True, 16, None, 14), (True, 1, None, 4), (False, 16, None, 4), (True, 16, 3, 3)],
+)
+def test_decoding_threads_suit_the_task(passes, monkeypatch, on_gpu, cores, given, threads):
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    passes.on_gpu = on_gpu
+    embedder = TimmImageEmbedder("test_vit", num_threads_per_worker=given)
+    pipeline = Pipeline(Recipe.of(embedder, []), passes)
+    assert pipeline._decoders._max_workers == threads
 
 
 def test_float32_is_computed_in_float32(monkeypatch):
@@ -170,7 +194,9 @@ def test_float32_is_computed_in_float32(monkeypatch):
     try:
         for where, name in flags:
             setattr(where, name, True)
-        forward._compute_exactly()
+        compute_exactly("cpu")
+        assert all(getattr(where, name) for where, name in flags)
+        compute_exactly("cuda")
         assert not any(getattr(where, name) for where, name in flags)
     finally:
         for (where, name), value in zip(flags, before, strict=True):

@@ -93,9 +93,15 @@ def test_it_computes_on_no_gpu(device):
     assert embedder(engine="openvino").ready("cpu").is_ready
 
 
-def test_what_it_cannot_do_is_refused(monkeypatch):
+def test_what_it_cannot_do_is_refused(spark, shards, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="computes in float32 or bfloat16, not float16"):
-        embedder(engine="openvino", precision="float16").tower("cpu")
+        embedder(engine="openvino", precision="float16").ready()
+    assert main(["score", "x.tar", "out", "--detector=open_nsfw", "--engine=openvino"]) == 2
+    assert "x.tar" in capsys.readouterr().err
+    shard = str(shards / "00000.tar")
+    assert main(["score", shard, "out", "--detector=open_nsfw", "--engine=openvino"]) == 2
+    assert "no detector here needs one" in capsys.readouterr().err
     with pytest.raises(InputError, match="torch or openvino, not 'onnx'"):
         embedder(engine="onnx")
     monkeypatch.setitem(sys.modules, "openvino", None)

@@ -329,10 +329,7 @@ def test_a_shard_that_kills_its_workers_is_set_aside(
 def test_a_shard_whose_decoder_hangs_is_set_aside(
     spark, inputs, undisturbed, poisoned, tmp_path, monkeypatch, plan
 ):
-    assert job._HUNG_SECONDS == 1800
-    setting = "spark.sql.execution.pyspark.udf.idleTimeoutSeconds"
-    assert job._SETTINGS[setting] == "1800"
-    monkeypatch.setitem(job._SETTINGS, setting, "20")
+    monkeypatch.setitem(job._HUNG_SECONDS, "cpu", 20)
     summary = run_reporting(
         spark, inputs, tmp_path / "out", poisoned(sleep_for_ever), lambda _: None,
         plan=plan, shards_per_wave=1,
@@ -343,6 +340,25 @@ def test_a_shard_whose_decoder_hangs_is_set_aside(
     assert re.search("exited unexpectedly|idle timeout", message)
     assert rows == {i: row for i, row in undisturbed.items() if i[0] != "00002"}
     assert summary.num_crashed_shards == 1
+    assert spark.conf.get(job._HUNG) == "0"
+
+
+def test_a_users_own_limit_counts(spark, inputs, embedder, tmp_path, monkeypatch):
+    seen = []
+    original = job.Run.write_difference
+
+    def look(self, units):
+        seen.append(spark.conf.get(job._HUNG))
+        return original(self, units)
+
+    monkeypatch.setattr(job.Run, "write_difference", look)
+    run(spark, str(inputs), tmp_path / "first", embedder)
+    spark.conf.set(job._HUNG, "77")
+    try:
+        run(spark, str(inputs), tmp_path / "second", embedder)
+    finally:
+        spark.conf.unset(job._HUNG)
+    assert seen == ["7200", "77"]
 
 
 def test_a_mistake_in_the_code_sets_no_shard_aside(spark, inputs, poisoned, tmp_path):

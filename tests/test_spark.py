@@ -319,6 +319,9 @@ def test_the_device_is_the_one_asked_for_else_the_one_that_is_there(monkeypatch)
         ("GPU-b", None, "cuda:0", "GPU-b"),
         ("MIG-5", None, "cuda:0", "MIG-5"),
         ("MIG-5", "0,1", "cuda:0", "MIG-5"),
+        ("MIG-5", "MIG-4,MIG-5", "cuda:0", "MIG-5"),  # a process has one part of a GPU
+        ("GPU-b", "GPU-a", "cuda:0", "GPU-b"),
+        ("1", "GPU-bb,GPU-cc,", "cuda:0", "GPU-bb,GPU-cc,"),
         ("1", "GPU-cc,GPU-bb", "cuda:1", "GPU-cc,GPU-bb"),  # nvidia-smi says GPU-bb
         ("1", "GPU-b,GPU-a", "cuda:0", "GPU-b,GPU-a"),  # CUDA takes beginnings of UUIDs
     ],
@@ -335,6 +338,18 @@ def test_a_gpu_may_be_named_by_its_uuid(
     monkeypatch.setattr("pyspark.TaskContext.get", lambda: task)
     assert choose_device() == expected
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible_then
+
+
+def test_a_worker_stays_with_the_gpu_that_it_has_opened(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-4")
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    addresses = ["MIG-4"]
+    task = SimpleNamespace(resources=lambda: {"gpu": SimpleNamespace(addresses=addresses)})
+    monkeypatch.setattr("pyspark.TaskContext.get", lambda: task)
+    assert choose_device() == "cuda:0"
+    addresses[:] = ["MIG-5"]
+    with pytest.raises(InputError, match="GPU MIG-5, and its worker has opened MIG-4 before"):
+        choose_device()
 
 
 @pytest.mark.parametrize("script", ["echo GPU-x", "exit 9", None])

@@ -135,6 +135,7 @@ def test_what_is_handed_over(monkeypatch, tmp_path):
     process.stdin.write("to there")
     process.stdin.flush()
     assert os.read(pipes[0], 100) == b"to there"
+    there.sendall(b"y")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     for pipe in pipes:
@@ -142,6 +143,33 @@ def test_what_is_handed_over(monkeypatch, tmp_path):
     there.close()
     out, err = process.communicate(timeout=30)
     assert (out, err) == ("from here", "True\n")
+
+
+def test_nobody_takes_over_for_another_python(monkeypatch, tmp_path):
+    """Such as one that Spark's settings name."""
+    path, taken = tmp_path / "socket" / "daemon", []
+    path.parent.mkdir()
+    monkeypatch.setattr("os.setpgid", lambda *_: None)
+
+    def prepare():
+        monkeypatch.setenv("SPARK_NSFW_EARLY_DAEMON", str(path))
+        script = (
+            "import sys; sys.executable = 'another'; "
+            "from spark_nsfw.spark.early import hand_over; sys.exit(hand_over())"
+        )
+        taken.append(subprocess.Popen([sys.executable, "-c", script]))
+
+    assert not early.take_over(str(path), prepare)
+    assert taken[0].wait(30) == 0  # it goes on by itself
+    assert not path.parent.exists()
+
+
+def test_an_early_daemon_without_a_socket_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.setpgid", lambda *_: None)
+    path = tmp_path / ("long" * 30) / "daemon"  # longer than a socket's path may be
+    path.parent.mkdir()
+    assert not early.take_over(str(path), lambda: pytest.fail("it need not prepare"))
+    assert not path.parent.exists()
 
 
 def test_a_session_that_cannot_start_says_so(monkeypatch):
@@ -168,6 +196,42 @@ print(len({session.sparkContext.applicationId for session in sessions}))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (ended.stdout, ended.returncode) == ("1\n", 0), ended.stderr
+
+
+def test_threads_that_ask_at_once_get_one_session():
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+from spark_nsfw.spark.session import active_or_local_session, start_session
+waiting = start_session()
+with ThreadPoolExecutor(3) as pool:
+    asked = [pool.submit(active_or_local_session) for _ in range(3)]
+    sessions = [waiting(), *(each.result() for each in asked)]
+print(len({session.sparkContext.applicationId for session in sessions}))
+sessions[0].stop()
+print(active_or_local_session().range(3).count())
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("1\n3\n", 0), ended.stderr
+
+
+@pytest.mark.parametrize("where", ["SPARK_SUBMIT_OPTS", "JAVA_TOOL_OPTIONS", "spark-defaults.conf"])
+def test_a_collector_of_ones_own_is_the_only_one(monkeypatch, tmp_path, where):
+    """Java refuses to be given two."""
+    monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+    assert "-XX:+UseSerialGC" in jvm.local_jvm_options()
+    if where == "spark-defaults.conf":
+        (tmp_path / where).write_text("spark.driver.extraJavaOptions -XX:+UseG1GC\n")
+    else:
+        monkeypatch.setenv(where, "-XX:+UseG1GC")
+    assert "-XX:+UseSerialGC" not in jvm.local_jvm_options()
+
+
+def test_a_job_that_fails_keeps_no_classes(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARK_NSFW_CACHE", str(tmp_path))
+    monkeypatch.setattr(jvm, "_JOB", "raise SystemExit(3)")
+    with pytest.raises(InputError, match="Java 17"):
+        jvm.keep_classes()
+    assert list(tmp_path.iterdir()) == []
 
 
 def java_session(cache, options=""):

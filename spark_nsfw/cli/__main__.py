@@ -13,12 +13,7 @@ __all__ = ["run"]
 def run() -> NoReturn:
     """Run one command in a process that is for nothing else, and end it."""
     gc.set_threshold(100_000)  # else a quarter of the time that imports take goes into collections
-    try:
-        status = main()
-    except SystemExit as exc:  # argparse's
-        status = exc.code if isinstance(exc.code, int) else 1
-    except KeyboardInterrupt:
-        raise
+    status = main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)  # what torch and Spark would tidy up ends with the process, a second sooner

@@ -79,19 +79,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--batch-size",
         type=at_least_one,
-        help="images per forward pass on a GPU (default: 256); a CPU takes eight at a time",
+        help="images per forward pass on a GPU (default: 256, and 64 in tasks of one core); a CPU "
+        "takes eight at a time",
     )
     speed.add_argument(
         "--num-threads",
         type=at_least_one,
-        help="decoding threads per worker (default: on a GPU the task's cores less two, else 4)",
+        help="decoding threads per worker (default: 4, or on a GPU the task's cores less two)",
     )
     speed.add_argument(
         "--engine",
         choices=["torch", "openvino"],
         default="torch",
-        help="what computes the tower on a CPU; openvino is about twice as fast in float32 and "
-        "wants the extra of that name (default: %(default)s)",
+        help="what computes the tower on a CPU; openvino is faster on AMD's, and wants the extra "
+        "of that name (default: %(default)s)",
     )
     speed.add_argument(
         "--precision",
@@ -267,6 +268,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             engine=options.engine,
             **speed,
         )
+    elif options.engine != "torch":
+        raise InputError("--engine is about a CLIP tower, and no detector here needs one")
     return Recipe.of(embedder, chosen, device=options.device, keep_embeddings=options.embeddings)
 
 

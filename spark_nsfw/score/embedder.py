@@ -19,6 +19,7 @@ from spark_nsfw.score.tower import (
     Tower,
     batch_size_on,
     check_speed,
+    compute_exactly,
     precision_on,
 )
 
@@ -238,6 +239,7 @@ class ImageEmbedder:
         if device not in self._towers:
             if self._sha256 is not None and is_foreign(self):
                 self.weights_file()  # checked here, since its own code may just open the file
+            compute_exactly(device)
             network = self.load_embedding_model(device)
             precision = getattr(torch, self.precision_on(device))
             mean, std = self.statistics

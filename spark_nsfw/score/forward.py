@@ -63,7 +63,7 @@ class ForwardPasses:
         self._transforms = recipe.transforms
         self.on_gpu = torch.device(device).type == "cuda"
         self.device = _with_number(device) if self.on_gpu else device
-        self.batch_size = batch_size_on(device, recipe.batch_size)
+        self.batch_size = batch_size_on(self.device, recipe.batch_size)
         # On a CPU each core takes images of its own through the models.
         self.num_threads = _GPU_STREAMS if self.on_gpu else torch.get_num_threads()
         self.fitting_batch_size = self.batch_size
@@ -83,7 +83,6 @@ class ForwardPasses:
         for classifier in self.classifiers:
             classifier.model(self.device)
         if self.on_gpu:
-            _compute_exactly()
             torch.cuda.synchronize(self.device)  # other streams would not wait for the weights
             if self.records:
                 self._record()
@@ -99,19 +98,22 @@ class ForwardPasses:
                     self._is_recorded = True
                     return
                 except RuntimeError as exc:
-                    if size == 1 or not out_of_memory(exc):
+                    short = out_of_memory(exc)
+                    if short and size == 1:
                         raise
+                    if not short:  # if it was a fault, the first pass will show it, too
+                        _log.warning("computing step by step, without a CUDA graph: %s", exc)
+                        self.records = False
                 for lane in self._lanes.all:
                     lane.forget()
+                if not self.records:
+                    return
                 torch.cuda.empty_cache()  # out of the except block, which held the tensors
                 self._smaller(size)
 
     @property
     def _can_be_recorded(self) -> bool:
-        """Whether all models are networks of this package.
-
-        Its networks always take the same steps; a user's own code may do anything.
-        """
+        """Whether all models are networks, and no user's own code, which may do anything."""
         ours = [*self.classifiers, *([self.embedder] if self.embedder is not None else [])]
         models = [classifier.model(self.device) for classifier in self.classifiers]
         networks = [getattr(model, "network", model) for model in models]  # a tower has one inside
@@ -207,11 +209,3 @@ class ForwardPasses:
 def _with_number(device: str) -> str:
     """``cuda`` as tensors call it: ``cuda:0``, or whichever is the current one."""
     return str(torch.empty(0, device=device).device)
-
-
-def _compute_exactly() -> None:
-    """Let float32 be float32, and half precision add up in float32: CUDA's defaults differ."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -14,18 +14,23 @@ from torch import nn
 from spark_nsfw.errors import InputError
 from spark_nsfw.score.tower import CPU_BLOCK_IMAGES, Precision
 
-__all__ = ["OpenVinoNetwork", "refuse_missing_openvino"]
+__all__ = ["OpenVinoNetwork", "refuse_openvino"]
 
 #: What OpenVINO calls the precisions that it is as exact in as torch.
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def refuse_missing_openvino() -> None:
-    """Refuse the engine where it is not installed.
+def refuse_openvino(precision: Precision) -> None:
+    """Refuse the engine where it is not installed, and a precision that it does not have.
 
     Raises:
-        InputError: says how to install it.
+        InputError: says how to install it, or what to give.
     """
+    if precision not in _PRECISIONS:
+        raise InputError(
+            f"--engine openvino (engine) computes in {' or '.join(_PRECISIONS)}, not {precision}: "
+            "give another --precision, or --engine torch"
+        )
     if find_spec("openvino") is None:
         raise InputError(
             "--engine openvino (engine): OpenVINO is not installed here; "
@@ -67,11 +72,7 @@ class OpenVinoNetwork:
     """
 
     def __init__(self, network: nn.Module, image_size: int, precision: Precision) -> None:
-        refuse_missing_openvino()
-        if precision not in _PRECISIONS:
-            raise InputError(
-                f"--engine openvino computes in {' or '.join(_PRECISIONS)}, not {precision}"
-            )
+        refuse_openvino(precision)
         import openvino
 
         self._shape = (CPU_BLOCK_IMAGES, 3, image_size, image_size)

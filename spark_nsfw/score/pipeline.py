@@ -37,8 +37,8 @@ _DECODING_AHEAD = 2
 #: Images that a decoding thread takes at a time: handing them over costs as much as a row.
 _DECODING_CHUNK = 8
 
-#: Decoding threads on a CPU; its cores are shared by threads that decode and that compute.
-_CPU_DECODING_THREADS = 4
+#: Decoding threads, at least; on a CPU they share its cores with those that compute.
+_DECODING_THREADS = 4
 
 #: Rows that wait, at most, until a device batch is full; hardly any of them has an image then.
 _ROWS_WAITING = 16_384
@@ -320,7 +320,7 @@ def _decoding_threads(passes: ForwardPasses) -> int:
     On a GPU, two of the task's cores are for those that read and that launch its kernels.
     """
     cores = torch.get_num_threads()  # a Spark worker has as many as its task
-    return max(cores - 2, 1) if passes.on_gpu else _CPU_DECODING_THREADS
+    return max(cores - 2, _DECODING_THREADS) if passes.on_gpu else _DECODING_THREADS
 
 
 def _thread_pool(num_threads: int, name: str) -> ThreadPoolExecutor:

@@ -17,6 +17,7 @@ from spark_nsfw.score.tower import (
     Tower,
     batch_size_on,
     check_speed,
+    compute_exactly,
     precision_on,
 )
 
@@ -140,6 +141,7 @@ class PixelClassifier(Detector[Tower]):
 
     def _loaded(self, device: str) -> Tower:
         """uint8 (N, S, S, 3) → float32 (N, K)."""
+        compute_exactly(device)
         network = self.load_model(device)
         precision = getattr(torch, self.precision_on(device))
         tower = Tower(network, *self.statistics, precision, False, self.model_name)

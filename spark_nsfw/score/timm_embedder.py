@@ -13,7 +13,7 @@ from spark_nsfw.errors import InputError
 from spark_nsfw.score.checkpoint import check_fit, load_state_dict
 from spark_nsfw.score.download import Weights, hub_file, local_file
 from spark_nsfw.score.embedder import ImageEmbedder
-from spark_nsfw.score.openvino_engine import OpenVinoNetwork, refuse_missing_openvino
+from spark_nsfw.score.openvino_engine import OpenVinoNetwork, refuse_openvino
 from spark_nsfw.score.pixels import Decode
 from spark_nsfw.score.staging import staged_file
 from spark_nsfw.score.tower import Precision, create_network, network_shape, with_timm_names
@@ -53,8 +53,8 @@ class TimmImageEmbedder(ImageEmbedder):
             (docs/fidelity.md).
         models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
             which ``pretrained`` takes the weights instead of the hub.
-        engine: ``openvino`` computes on a CPU in OpenVINO, about twice as fast for CLIP's
-            towers in float32; ``torch`` everywhere.
+        engine: ``openvino`` computes with OpenVINO, on a CPU only, faster on AMD's;
+            ``torch`` everywhere (docs/performance.md).
         use_index_files: NeMo Curator's, for DALI; accepted, and without effect: ``.idx``
             files beside the shards are not needed.
 
@@ -154,12 +154,12 @@ class TimmImageEmbedder(ImageEmbedder):
         """As `ImageEmbedder.ready`.
 
         Raises:
-            InputError: the engine is not installed, or computes on no such device.
+            InputError: the engine is not installed, or has no such device or precision.
             WeightsError: the file cannot be had, or is not the one that was staged.
         """
         if self.engine == "openvino":
-            refuse_missing_openvino()
             self._refuse_gpu(device)
+            refuse_openvino(self.precision_on("cpu"))
         return super().ready(device)
 
     def _refuse_gpu(self, device: str | None) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "Tower",
     "batch_size_on",
     "check_speed",
+    "compute_exactly",
     "create_network",
     "network_shape",
     "precision_on",
@@ -54,6 +55,18 @@ def precision_on(device: str, precision: Precision | None, autocast: bool) -> Pr
     return "float16" if autocast and torch.device(device).type == "cuda" else "float32"
 
 
+def compute_exactly(device: str) -> None:
+    """Let float32 be float32 on a GPU, and half precision add up in float32.
+
+    CUDA's defaults differ; they are the process's own.
+    """
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def batch_size_on(device: str, batch_size: int | None) -> int:
     """The images that models on pixels take at a time on a device.
 
@@ -62,7 +75,9 @@ def batch_size_on(device: str, batch_size: int | None) -> int:
         batch_size: what the user gave; None where nobody says.
     """
     if torch.device(device).type == "cuda":
-        return batch_size or _GPU_BATCH_SIZE
+        # Tasks of one core each are many to a GPU, and share its memory.
+        suitable = _GPU_BATCH_SIZE if torch.get_num_threads() > 1 else _CPU_BATCH_SIZE
+        return batch_size or suitable
     return min(batch_size or _CPU_BATCH_SIZE, _CPU_BATCH_SIZE)
 
 

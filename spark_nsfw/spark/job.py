@@ -40,8 +40,10 @@ from spark_nsfw.use.summary import Summary, counted
 
 __all__ = ["JobOptions", "run_job", "write_units"]
 
-#: How long a Python worker may compute without giving a row; it is taken for hung then.
-_HUNG_SECONDS = 1800
+#: How long a worker may compute without giving rows; it is taken for hung then. On a CPU 256 images
+#: of a large tower take long.
+_HUNG_SECONDS = {"cuda": 1800, "cpu": 7200}
+_HUNG = "spark.sql.execution.pyspark.udf.idleTimeoutSeconds"
 
 _SETTINGS = {
     # With images of 100 KB, Spark's 10,000 rows would make a gigabyte of one Arrow batch.
@@ -50,8 +52,7 @@ _SETTINGS = {
     "spark.sql.files.ignoreMissingFiles": "true",
     # Tells where a worker was when it crashed.
     "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
-    # Kills a worker whose decoder hangs, from Spark 4.1 on.
-    "spark.sql.execution.pyspark.udf.idleTimeoutSeconds": str(_HUNG_SECONDS),
+    # With a limit, kills a worker whose decoder hangs, from Spark 4.1 on.
     "spark.sql.execution.pyspark.udf.killOnIdleTimeout": "true",
 }
 
@@ -115,11 +116,14 @@ def write_units(
     options, stop = options or JobOptions(), stop or threading.Event()
     units = _first_units(source, options, stop)
     refuse_names(units, output.url)
-    # A task has run after this: at least one executor is there to count slots by.
-    with as_job_error("Spark cannot run the package's code on its workers"):
+    cannot = "Spark cannot run the package's code on its workers"
+    with session_settings(spark, _SETTINGS), as_job_error(cannot):
+        # On a cluster a task has run after this: an executor is there to count slots by.
         kind = device_kind(spark, recipe.device)
     recipe = recipe.ready(device=kind)
-    with session_settings(spark, _SETTINGS):
+    limit = spark.conf.get(_HUNG, "0")  # a user's own counts
+    hung = {_HUNG: str(_HUNG_SECONDS[kind])} if limit == "0" else {}
+    with session_settings(spark, _SETTINGS | hung):
         run = _begin(spark, source, recipe, output, options, stop, units, report)
         run.progress.watch(spark)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pyspark
 
+from spark_nsfw.errors import InputError
 from spark_nsfw.score.download import cache_dir
 
 __all__ = ["class_archive", "keep_classes", "local_jvm_options"]
@@ -25,13 +27,12 @@ __all__ = ["class_archive", "keep_classes", "local_jvm_options"]
 _LOG_SETTINGS = Path(__file__).with_name("log4j2.properties")
 
 #: Images are decoded and scored by Python: what the JVM gains by compiling longer, and by
-#: collecting garbage on several threads, it takes from the cores that Python needs. Children by
-#: vfork: Hadoop starts several for every file that it writes.
-_SMALL = (
-    "-XX:TieredStopAtLevel=1",
-    "-XX:+UseSerialGC",
-    "-Djdk.lang.Process.launchMechanism=VFORK",
-)
+#: collecting garbage on several threads, it takes from the cores that Python needs.
+_COMPILER, _COLLECTOR = "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"
+
+#: Hadoop starts several children for every file that it writes; on Linux alone may they share its
+#: memory until they are another program.
+_CHILDREN = "-Djdk.lang.Process.launchMechanism=VFORK"
 
 #: A job like ours, so that its classes are those that a run needs.
 _JOB = """
@@ -57,7 +58,11 @@ sys.exit(jvm.wait())  # it writes the archive as it ends
 
 def local_jvm_options() -> list[str]:
     """Options of the JVM that a local session starts."""
-    options = [f"-Dlog4j2.configurationFile={_LOG_SETTINGS.as_uri()}", *_SMALL]
+    options = [f"-Dlog4j2.configurationFile={_LOG_SETTINGS.as_uri()}", _COMPILER]
+    if not re.search(r"-XX:\+Use\w+GC\b", _given_options()):  # Java refuses to be given two
+        options.append(_COLLECTOR)
+    if sys.platform == "linux":
+        options.append(_CHILDREN)
     archive = class_archive()
     if archive.exists():
         # An archive that this JVM cannot use is left alone, without a word.
@@ -66,10 +71,23 @@ def local_jvm_options() -> list[str]:
     return options
 
 
+def _given_options() -> str:
+    """Options of Java that others have chosen, in their own forms."""
+    names = ("SPARK_SUBMIT_OPTS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS")
+    given = [os.environ.get(name, "") for name in names]
+    directory = os.environ.get("SPARK_CONF_DIR") or f"{_spark_home()}/conf"
+    defaults = Path(directory, "spark-defaults.conf")
+    return " ".join([*given, defaults.read_text() if defaults.is_file() else ""])
+
+
+def _spark_home() -> Path:
+    return Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent)
+
+
 def class_archive() -> Path:
     """Where the classes of this Java and this Spark are kept, whether or not they are."""
     java = Path(shutil.which("java", path=_java_path()) or "java").resolve()
-    jars = Path(os.environ.get("SPARK_HOME") or Path(pyspark.__file__).parent) / "jars"
+    jars = _spark_home() / "jars"
     known_by = [str(path) for path in (java, jars)]
     for file in [java, *sorted(jars.glob("*.jar"))]:
         if file.exists():
@@ -89,6 +107,9 @@ def keep_classes() -> Path:
 
     Returns:
         The archive, some 170 MB.
+
+    Raises:
+        InputError: Java is older than 17, or the job failed.
     """
     archive = class_archive()
     if archive.exists():
@@ -98,14 +119,22 @@ def keep_classes() -> Path:
         made = Path(directory) / archive.name
         given = os.environ.get("SPARK_SUBMIT_OPTS", "")
         options = f"-XX:ArchiveClassesAtExit={made} -Xlog:cds=off -Xlog:cds+dynamic=off {given}"
-        subprocess.run(
+        ended = subprocess.run(
             [sys.executable, "-c", _JOB, f"{directory}/rows"],
             env=os.environ | {"SPARK_SUBMIT_OPTS": options},
-            check=True,
+            check=False,
         )
+        if ended.returncode != 0 or not made.exists():
+            raise InputError(
+                "Spark's classes were not kept, which only costs time: the job that loads them "
+                "failed. It needs Java 17 or later"
+            )
         made.replace(archive)
     return archive
 
 
 if __name__ == "__main__":
-    print(keep_classes())
+    try:
+        print(keep_classes())
+    except InputError as exc:
+        sys.exit(str(exc))

@@ -30,19 +30,26 @@ _LOCAL = {
 }
 
 
+_lock = threading.Lock()
+
+#: The local session that was started last.
+_started: Future[None] | None = None
+
+
 def active_or_local_session() -> SparkSession:
     """The active SparkSession, else one for this machine or for spark-submit's cluster.
 
     Raises:
         InputError: there is no Java to run Spark with.
     """
-    return start_session()()
+    return _session(_start_local)()
 
 
 def start_session(scores: bool = False) -> Callable[[], SparkSession]:
     """Begin to start what `active_or_local_session` gives; call the result to wait for it.
 
-    A local JVM takes seconds to start, in which there is other work to do.
+    A local JVM takes seconds to start, in which there is other work to do. Ctrl-C does not cancel
+    Spark's jobs then, as it does where a session is started by the main thread.
 
     Args:
         scores: workers will need torch, and a local session has them import it meanwhile.
@@ -50,15 +57,24 @@ def start_session(scores: bool = False) -> Callable[[], SparkSession]:
     Raises:
         InputError: there is no Java to run Spark with.
     """
+
+    def begin(started: Future[None]) -> None:
+        if scores:
+            start_daemon()
+        threading.Thread(target=_start_local, args=[started], daemon=True).start()
+
+    return _session(begin)
+
+
+def _session(begin: Callable[[Future[None]], None]) -> Callable[[], SparkSession]:
+    """What waits for a session, which is there, is being started, or is started by ``begin``."""
+    global _started  # noqa: PLW0603  # of a process, as Spark's own
     active = SparkSession.getActiveSession()
     if active is not None:
         return lambda: active
     for name in ("SQLQueryContextLogger", "py4j.clientserver"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
-    if SparkContext._active_spark_context is not None:  # a session is active in its thread only
-        return SparkSession.builder.getOrCreate
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
-    if submitted or os.environ.get("SPARK_REMOTE"):
+    if "PYSPARK_GATEWAY_PORT" in os.environ or os.environ.get("SPARK_REMOTE"):
         return SparkSession.builder.appName("spark-nsfw").getOrCreate
     if not (os.environ.get("JAVA_HOME") or shutil.which("java")):
         raise InputError(
@@ -70,10 +86,13 @@ def start_session(scores: bool = False) -> Callable[[], SparkSession]:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     if "MASTER" in os.environ:
         return SparkSession.builder.appName("spark-nsfw").getOrCreate
-    if scores:
-        start_daemon()
-    started: Future[None] = Future()
-    threading.Thread(target=_start_local, args=[started], daemon=True).start()
+    with _lock:
+        started = _started
+        if started is None or started.done():
+            if SparkContext._active_spark_context is not None:  # sessions are active in one thread
+                return SparkSession.builder.getOrCreate
+            started = _started = Future()
+            begin(started)
 
     def session() -> SparkSession:
         started.result()

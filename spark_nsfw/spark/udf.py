@@ -1,4 +1,4 @@
-"""A pandas UDF that scores a column of encoded images, for any DataFrame."""
+"""UDFs that score a column of encoded images, for any DataFrame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spark_nsfw.spark.worker import recipe_identity, worker_scorer
 
 __all__ = ["nsfw_udf", "score_column", "score_samples"]
 
-#: From Spark 4.1 on.
+#: Of pyspark 4.1 and later.
 arrow_udf = getattr(F, "arrow_udf", None)
 
 
@@ -90,7 +90,10 @@ def score_column(
             have an image.
     """
     results = recipe.result_columns
-    make = _pandas_udf if arrow_udf is None else _arrow_udf
+    version = tuple(
+        map(int, samples.sparkSession.version.split(".")[:2])
+    )  # Connect's server has one
+    make = _pandas_udf if arrow_udf is None or version < (4, 1) else _arrow_udf
     scored = samples.withColumn("_scored", make(recipe, identity, counts)(F.col(IMAGE)))
     replaced = {name.casefold() for name in (IMAGE, STATUS, ERROR_MESSAGE, *results)}
     own = [name for name in samples.columns if name.casefold() not in replaced]

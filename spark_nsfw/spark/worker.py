@@ -66,15 +66,20 @@ def _device_at(address: str) -> str:
     """
     # The address counts the machine's GPUs, torch those that the environment leaves.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    left = visible.split(",")
-    if address in left:
+    left = [name for name in visible.split(",") if name]
+    if address in left and not address.startswith("MIG-"):
         return f"cuda:{left.index(address)}"
-    if visible and len(left) == 1:
-        return "cuda:0"
-    if not address.isdigit():  # torch cannot be told of it in another way, nor of a part of a GPU
+    if not address.isdigit():  # torch cannot be told of it in another way
+        if left != [address] and torch.cuda.is_initialized():
+            raise InputError(
+                f"Spark gave this task GPU {address}, and its worker has opened {visible or 'all'} "
+                "before: give each executor one GPU (spark.executor.resource.gpu.amount)"
+            )
         os.environ["CUDA_VISIBLE_DEVICES"] = address
         return "cuda:0"
-    if visible and not all(each.isdigit() for each in left):
+    if len(left) == 1:
+        return "cuda:0"
+    if not all(each.isdigit() for each in left):
         return f"cuda:{left.index(_uuid_of(address, left))}"
     return f"cuda:{address}"
 
