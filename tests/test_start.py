@@ -174,6 +174,8 @@ def test_an_early_daemon_without_a_socket_is_none(monkeypatch, tmp_path):
 
 def test_a_session_that_cannot_start_says_so(monkeypatch):
     monkeypatch.setattr("pyspark.sql.SparkSession.getActiveSession", lambda: None)
+    monkeypatch.setattr("pyspark.SparkContext._active_spark_context", None)
+    monkeypatch.setattr(session, "_started", None)
     for name in ("PYSPARK_GATEWAY_PORT", "SPARK_REMOTE", "MASTER", "JAVA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)

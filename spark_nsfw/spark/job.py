@@ -121,8 +121,8 @@ def write_units(
         # On a cluster a task has run after this: an executor is there to count slots by.
         kind = device_kind(spark, recipe.device)
     recipe = recipe.ready(device=kind)
-    limit = spark.conf.get(_HUNG, "0")  # a user's own counts
-    hung = {_HUNG: str(_HUNG_SECONDS[kind])} if limit == "0" else {}
+    has_limit = str(spark.conf.get(_HUNG, "0")).rstrip("ms") != "0"  # Spark's own is 0 or 0ms
+    hung = {} if has_limit else {_HUNG: str(_HUNG_SECONDS[kind])}
     with session_settings(spark, _SETTINGS | hung):
         run = _begin(spark, source, recipe, output, options, stop, units, report)
         run.progress.watch(spark)
