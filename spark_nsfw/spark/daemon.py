@@ -12,6 +12,7 @@ without torch.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from spark_nsfw.spark.cluster import is_reader
@@ -45,7 +46,9 @@ def _is_the_daemon() -> bool:
     return True
 
 
-if __name__ == "__main__" and _is_the_daemon():
-    from pyspark.daemon import manager
+if __name__ == "__main__":
+    if _is_the_daemon():
+        from pyspark.daemon import manager
 
-    manager()
+        manager()
+    os._exit(0)  # libraries of torch would tell what they leave behind
