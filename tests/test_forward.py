@@ -23,7 +23,7 @@ def passes(detector_path):
 
 @pytest.fixture
 def pixels(passes):
-    (transform,) = (passes.embedder.transform,)
+    transform = passes.embedder.transform
     torch.manual_seed(0)
     return {transform: torch.randint(0, 256, (8, 160, 160, 3), dtype=torch.uint8)}
 

@@ -147,22 +147,28 @@ def test_what_is_handed_over(monkeypatch, tmp_path):
     assert (out, err) == ("from here", "True\n")
 
 
-def test_nobody_takes_over_for_another_python(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("python", "taken"), [("another", False), (sys.executable, True)])
+def test_nobody_takes_over_for_another_python(tmp_path, python, taken):
     """Such as one that Spark's settings name."""
-    path, taken = tmp_path / "socket" / "daemon", []
+    path = tmp_path / "socket" / "daemon"
     path.parent.mkdir()
-    monkeypatch.setattr("os.setpgid", lambda *_: None)
-
-    def prepare():
-        monkeypatch.setenv("SPARK_NSFW_EARLY_DAEMON", str(path))
-        script = (
-            "import sys; sys.executable = 'another'; "
-            "from spark_nsfw.spark.early import hand_over; sys.exit(hand_over())"
-        )
-        taken.append(subprocess.Popen([sys.executable, "-c", script]))
-
-    assert not early.take_over(str(path), prepare)
-    assert taken[0].wait(30) == 0  # it goes on by itself
+    script = (
+        "import sys; from spark_nsfw.spark.early import take_over; "
+        "sys.exit(10 + take_over(sys.argv[1], lambda: None))"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE)
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    script = (
+        f"import sys; sys.executable = {python!r}; "
+        "from spark_nsfw.spark.early import hand_over; sys.exit(20 + hand_over())"
+    )
+    environment = os.environ | {"SPARK_NSFW_EARLY_DAEMON": str(path)}
+    second = subprocess.run([sys.executable, "-c", script], env=environment, timeout=30)
+    assert first.wait(30) == 10 + taken
+    assert second.returncode == 20 + taken  # if not, it goes on by itself
     assert not path.parent.exists()
 
 
@@ -172,6 +178,16 @@ def test_an_early_daemon_without_a_socket_is_none(monkeypatch, tmp_path):
     path.parent.mkdir()
     assert not early.take_over(str(path), lambda: pytest.fail("it need not prepare"))
     assert not path.parent.exists()
+
+
+def test_an_early_daemon_deletes_nothing_but_its_socket(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.setpgid", lambda *_: None)
+    (tmp_path / "mine").write_text("mine")
+    assert not early.take_over(str(tmp_path / "mine"), lambda: pytest.fail("no socket"))
+    assert (tmp_path / "mine").read_text() == "mine"
+    with pytest.raises(ZeroDivisionError):
+        early.take_over(str(tmp_path / "daemon"), lambda: 1 / 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_session_that_cannot_start_says_so(monkeypatch):

@@ -91,8 +91,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=["torch", "openvino"],
         default="torch",
-        help="what computes the tower on a CPU; openvino is faster on AMD's, and wants the extra "
-        "of that name (default: %(default)s)",
+        help="what computes the tower on a CPU; openvino needs the extra of that name; "
+        "docs/performance.md says where it pays (default: %(default)s)",
     )
     speed.add_argument(
         "--precision",

@@ -67,7 +67,7 @@ class ForwardPasses:
         # On a CPU each core takes images of its own through the models.
         self.num_threads = _GPU_STREAMS if self.on_gpu else torch.get_num_threads()
         self.fitting_batch_size = self.batch_size
-        self._lanes = Lanes(self.num_threads, device)
+        self._lanes = Lanes(self.num_threads, self.device)
         self.records = True
         self._is_recorded = False
 

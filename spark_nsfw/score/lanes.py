@@ -34,8 +34,8 @@ class Lane:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._on_gpu = torch.device(device).type == "cuda"
-        self._stream: Any = torch.cuda.Stream(device) if self._on_gpu else None
+        on_gpu = torch.device(device).type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if on_gpu else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: Pixels = {}
         self._outputs: Sequence[torch.Tensor] = []

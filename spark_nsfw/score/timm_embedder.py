@@ -53,8 +53,8 @@ class TimmImageEmbedder(ImageEmbedder):
             (docs/fidelity.md).
         models_dir: directory or URL that `spark_nsfw.score.staging.fetch_models` made, from
             which ``pretrained`` takes the weights instead of the hub.
-        engine: ``openvino`` computes with OpenVINO, on a CPU only, faster on AMD's;
-            ``torch`` everywhere (docs/performance.md).
+        engine: ``openvino`` computes with OpenVINO, on a CPU only; ``torch`` everywhere
+            (docs/performance.md says which is faster).
         use_index_files: NeMo Curator's, for DALI; accepted, and without effect: ``.idx``
             files beside the shards are not needed.
 

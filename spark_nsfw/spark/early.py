@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["EARLY", "hand_over", "start_daemon", "take_over"]
@@ -90,10 +90,9 @@ def take_over(path: str, prepare: Callable[[], None]) -> bool:
         Whether one did; else the process that would have started it has ended.
     """
     os.setpgid(0, 0)  # as Spark's do; Ctrl-C would end it before Spark is done with it
-    try:
-        there = _called(path, prepare)
-    finally:
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+    there = _called(path, prepare)
+    with suppress(OSError):  # the directory was made for the socket; with more in it, it stays
+        Path(path).parent.rmdir()
     if there is None:
         return False
     _, pipes, _, _ = socket.recv_fds(there, 1, 3)
@@ -120,7 +119,10 @@ def _called(path: str, prepare: Callable[[], None]) -> socket.socket | None:
             listening.bind(path)
         except OSError:  # such as a path that is too long for a socket
             return None
-        listening.listen(1)
-        prepare()
-        ready, _, _ = select.select([listening.fileno(), 0], [], [])
+        try:
+            listening.listen(1)
+            prepare()
+            ready, _, _ = select.select([listening.fileno(), 0], [], [])
+        finally:
+            Path(path).unlink()
         return listening.accept()[0] if listening.fileno() in ready else None

@@ -106,7 +106,7 @@ def keep_classes() -> Path:
     """Run a small job and keep the classes that it loaded; nothing if they are there.
 
     Returns:
-        The archive, some 170 MB.
+        The archive, some 176 MB.
 
     Raises:
         InputError: Java is older than 17, or the job failed.
