@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/
 # What test-spark35 and test-spark40 run: all tests, or those that are named.
 TESTS ?=
 
-.PHONY: demo test test-rapids test-spark35 test-spark40 lint bench clean
+.PHONY: demo test test-rapids test-spark35 test-spark40 lint bench bench-peers clean
 
 demo: $(VENV)/.ready
 	$(RUN)python -m examples.demo demo
@@ -27,6 +27,18 @@ test-spark35 test-spark40: test-%: .%/.ready
 	$(RUN)pip install -q --disable-pip-version-check --target .$* -r $<
 	touch $@
 
+# Other systems on the same shards; their packages stand before the environment's own, since Daft
+# wants an older pyarrow.
+bench-peers: .peers/.ready
+	PYTHONPATH=$(CURDIR)/.peers:$(CURDIR) $(RUN)python -m benchmarks.peers
+	PYTHONPATH=$(CURDIR)/.peers:$(CURDIR) $(RUN)python -m benchmarks.peers --rounds 1 --images 65 \
+		--model vit_base_patch32_clip_quickgelu_224.openai
+
+.peers/.ready: constraints-peers.txt $(VENV)/.ready
+	rm -rf .peers
+	$(RUN)pip install -q --disable-pip-version-check --target .peers -r $<
+	touch $@
+
 bench: $(VENV)/.ready
 	for name in pixels tower detectors open_nsfw breakdown start plans memory scale waves classify export fidelity; do \
 		$(RUN)python -m benchmarks.$$name || exit 1; \
@@ -42,4 +54,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .spark35 .spark40 demo build dist *.egg-info
+	rm -rf $(VENV) .spark35 .spark40 .peers demo build dist *.egg-info

@@ -57,23 +57,6 @@ def _run(arguments: list[str], steps: bool = False) -> tuple[float, str]:
     return time.time() - began, ended.stderr
 
 
-def _pss_mib(process: subprocess.Popen[Any]) -> float:
-    """The most memory that a process and its children have at a time."""
-    import psutil
-
-    most, root = 0.0, psutil.Process(process.pid)
-    while process.poll() is None:
-        pss = 0
-        for each in [root, *root.children(recursive=True)]:
-            try:
-                pss += each.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        most = max(most, pss / 2**20)
-        time.sleep(0.2)
-    return most
-
-
 def _with_steps(arguments: list[str]) -> None:
     """Run the command in this process, and tell on stderr when its steps began and ended."""
     began = float(os.environ[_BEGAN])
@@ -127,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--detectors", default="../shared/laion", help="where LAION's zip is")
     options = parser.parse_args()
+    from benchmarks.processes import most_pss_mib
     from benchmarks.table import report  # it imports torch, which is a step to be told
 
     detector = f"--detector=laion={options.detectors}/clip_autokeras_binary_nsfw.zip"
@@ -157,7 +141,7 @@ def main() -> None:
                         "run": case,
                         "s": statistics.median(first),
                         "again, nothing to do, s": statistics.median(again),
-                        "PSS MiB": _pss_mib(process),
+                        "PSS MiB": most_pss_mib(process),
                     }
                 )
         report("start", rows)

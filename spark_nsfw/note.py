@@ -31,6 +31,8 @@ __all__ = [
 #: The key under which the columns' metadata holds the note.
 PROVENANCE = "spark_nsfw"
 
+_UNREADABLE = "unreadable"
+
 
 def package_version() -> str:
     """The installed version; ``0+unknown`` when the package runs from a plain folder."""
@@ -64,6 +66,11 @@ class Footer:
     num_rows: int
     note: dict[str, Any] | None
     problem: str = ""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether it is the footer of a Parquet file."""
+        return not self.problem.startswith(_UNREADABLE)
 
 
 def read_footers(output: str) -> list[Footer]:
@@ -104,7 +111,7 @@ def _footer(path: str) -> Footer:
         with open_input(path) as stream:
             metadata = pq.read_metadata(stream)
     except (OSError, pa.ArrowException) as exc:
-        return Footer(path, 0, None, f"unreadable: {exc}")
+        return Footer(path, 0, None, f"{_UNREADABLE}: {exc}")
     note = note_in(metadata.metadata or {})
     problem = "no note: not written by spark_nsfw" if note is None else ""
     return Footer(path, metadata.num_rows, note, problem)

@@ -247,6 +247,18 @@ def test_a_session_that_cuts_files_cuts_no_unit(spark, inputs, finished, embedde
     assert all_rows(spark, tmp_path / "out") == finished[1]
 
 
+def test_only_columns_with_repetitions_are_written_with_dictionaries(finished):
+    output, _ = finished
+    for path in output.glob("shard=0*/*.parquet"):
+        columns = pq.read_metadata(path).row_group(0)
+        encodings = {
+            column.path_in_schema: set(column.encodings)
+            for column in map(columns.column, range(columns.num_columns))
+        }
+        assert not {e for e in encodings["image_embedding.list.element"] if "DICTIONARY" in e}
+        assert {e for e in encodings["status"] if "DICTIONARY" in e}
+
+
 def test_many_units_in_one_task_stay_whole_and_in_order(spark, embedder, tmp_path, monkeypatch):
     """More units than a task keeps files open for go to more tasks."""
     monkeypatch.setattr("spark_nsfw.spark.loop._TASKS_PER_SLOT", 0.5)

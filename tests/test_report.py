@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,12 @@ from sklearn import metrics
 from examples.photographs import encode, photographs, write_shard
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
+from spark_nsfw.note import inspect_output
+from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
 from spark_nsfw.spark.output import with_note
 from spark_nsfw.spark.report import collect_report
+from spark_nsfw.spark.thumbnails import draw_thumbnails
 from spark_nsfw.use.agreement import (
     Agreement,
     ContestedSample,
@@ -28,6 +32,8 @@ from spark_nsfw.use.agreement import (
     most_contested,
     rank_correlations,
 )
+from spark_nsfw.use.collect import collect
+from spark_nsfw.use.local_rows import small_rows
 from spark_nsfw.use.page import refuse_page_file, render, write_page
 from spark_nsfw.use.report import (
     NUM_BINS,
@@ -47,6 +53,7 @@ from spark_nsfw.use.thresholds import (
     thresholds_above,
     thresholds_below,
 )
+from spark_nsfw.use.thumbnails import samples_by_shard, thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,17 @@ def report_data(scores, unsafe=None, **more):
     return ReportData(**given | {"labels": labels} | more)
 
 
+def collect_twice(spark, metadata, **asked):
+    """What Spark counts; in memory it is the same."""
+    counted = collect_report(spark, metadata, **asked)
+    notes = inspect_output(metadata)
+    footers = [footer for of_note in notes.values() for footer in of_note]
+    rows = small_rows(footers, asked.get("score_column"), asked.get("label_column"))
+    in_memory = collect(rows, metadata, list(notes), **asked)
+    np.testing.assert_equal(asdict(in_memory), asdict(counted))
+    return counted
+
+
 def test_what_a_threshold_keeps_is_what_is_below_it(labelled):
     scores, _ = labelled
     data = score_counts(scores)
@@ -115,7 +133,7 @@ def test_the_threshold_for_a_recall_is_the_highest_that_has_it(
     keys = [f"{i:06}" for i in range(len(scores))]
     rows = {"key": keys, "status": "ok", "nsfw_score": scores, "is_unsafe": unsafe}
     write_metadata(tmp_path / "metadata", {"x-1": pd.DataFrame(rows)})
-    found = collect_report(
+    found = collect_twice(
         spark, str(tmp_path / "metadata"), label_column="is_unsafe", wanted_recall=recall
     ).wanted
     removed = scores >= found.value
@@ -475,7 +493,7 @@ _SCHEMA = (
 
 def test_every_score_column_is_shown_and_compared(spark, three_scores):
     directory, frame = three_scores
-    data = collect_report(
+    data = collect_twice(
         spark, str(directory / "metadata"), threshold=0.2, other_thresholds={"aesthetic_score": 6}
     )
     assert data.score.column == "nsfw_score"
@@ -505,10 +523,54 @@ def test_every_score_column_is_shown_and_compared(spark, three_scores):
     )
 
 
+def test_samples_of_score_bands_and_their_images_are_the_same_with_and_without_spark(
+    spark, three_scores
+):
+    directory, frame = three_scores
+    inputs = ShardInputs.parse(str(directory / "in"))
+    data = collect_report(spark, str(directory / "metadata"), inputs=inputs)
+    notes = inspect_output(str(directory / "metadata"))
+    rows = small_rows([footer for of_note in notes.values() for footer in of_note])
+    samples = rows.band_samples("nsfw_score", 0.0, 1.0, 8)
+    assert [replace(each, jpeg=None) for each in data.thumbnails] == samples
+    bands = np.floor(frame["nsfw_score"].astype(float) * 10).astype(int)
+    assert len(samples) == bands.value_counts().clip(upper=8).sum()
+    shown = [(each.shard, each.key) for each in samples]
+    drawn = thumbnails(samples_by_shard(shown, inputs))
+    assert drawn == draw_thumbnails(spark, shown, inputs)
+    assert [each.jpeg for each in data.thumbnails] == [drawn[sample] for sample in shown]
+    assert len(drawn) == len(shown)
+
+
+def test_the_command_needs_no_java_for_a_small_output(three_scores, tmp_path):
+    directory, _ = three_scores
+    output = tmp_path / "report.html"
+    command = [sys.executable, "-m", "spark_nsfw.cli", "report", directory / "metadata"]
+    shards = ["--shards", directory / "in"]
+    environment = {"PATH": "/nonexistent", "HOME": str(tmp_path)}  # no Java, so no Spark
+    subprocess.run([*command, "-o", output, *shards], check=True, env=environment)
+    assert output.read_text("utf-8").count('<img alt="sample') > 40
+
+
+def test_a_large_output_is_counted_by_spark(three_scores, monkeypatch):
+    directory, _ = three_scores
+    notes = inspect_output(str(directory / "metadata"))
+    footers = [footer for of_note in notes.values() for footer in of_note]
+    num_rows = sum(footer.num_rows for footer in footers)
+    monkeypatch.setattr("spark_nsfw.use.local_rows._MAX_ROWS", num_rows)
+    assert small_rows(footers) is not None
+    assert small_rows(footers, label_column="key") is None  # a text
+    monkeypatch.setattr("spark_nsfw.use.local_rows._MAX_ROWS", num_rows - 1)
+    assert small_rows(footers) is None
+    monkeypatch.undo()
+    monkeypatch.setattr("spark_nsfw.use.local_rows._MAX_FILES", len(footers) - 1)
+    assert small_rows(footers) is None
+
+
 def test_of_more_images_a_sample_is_ranked(spark, three_scores, monkeypatch):
     directory, frame = three_scores
-    monkeypatch.setattr("spark_nsfw.spark.agreement.MAX_RANKED", 200)
-    agreement = collect_report(spark, str(directory / "metadata")).agreement
+    monkeypatch.setattr("spark_nsfw.use.collect.MAX_RANKED", 200)
+    agreement = collect_twice(spark, str(directory / "metadata")).agreement
     assert agreement.num_images == len(frame)
     assert 150 < agreement.num_ranked < 250
     expected = stats.spearmanr(frame[list(agreement.columns)]).statistic
@@ -544,7 +606,7 @@ def test_without_nsfw_score_the_first_score_is_the_main_one(spark, three_scores,
     directory, _ = three_scores
     rows = spark.read.parquet(str(directory / "metadata")).drop("nsfw_score")
     rows.write.partitionBy("shard").parquet(str(tmp_path / "metadata"))
-    data = collect_report(spark, str(tmp_path / "metadata"))
+    data = collect_twice(spark, str(tmp_path / "metadata"))
     assert data.score.column == "other_score"
     rows.select("shard", "key", "status").write.parquet(str(tmp_path / "none"))
     command = ["report", str(tmp_path / "none"), "-o", str(tmp_path / "report.html")]
@@ -563,8 +625,6 @@ def test_a_page_that_cannot_be_drawn_leaves_the_older_one(labelled, tmp_path, mo
 
 
 def test_without_the_libraries_the_remedy_is_named(labelled, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'spark-nsfw\[report\]'"):
         render(report_data(labelled[0]))

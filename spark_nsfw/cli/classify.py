@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     from spark_nsfw.score.recipe import Recipe
     from spark_nsfw.score.stored import refuse_missing_norms
     from spark_nsfw.spark.job import JobOptions, run_job
-    from spark_nsfw.spark.session import active_or_local_session
+    from spark_nsfw.spark.session import start_session
     from spark_nsfw.use.metadata import MetadataFiles, refuse_foreign_files
 
     chosen = detectors(options)
@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     output, metadata = MetadataFiles.at(options.output), absolute(options.metadata)
     refuse_overlap(output.url, [metadata])
     refuse_foreign_files(output.url)
+    session = start_session(scores=True)
     source = EmbeddingSource.open(metadata, options.embedding_column, options.id_col)
     recipe = Recipe(
         None,
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = recipe.ready(embedding_size=source.width)
     with stop_at_signals() as stop:
         summary = run_job(
-            active_or_local_session(),
+            session(),
             source,
             recipe,
             output.url,

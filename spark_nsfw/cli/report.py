@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from spark_nsfw.cli.arguments import Commands
 from spark_nsfw.cli.exit_status import ExitStatus
 from spark_nsfw.cli.parser import share
+
+if TYPE_CHECKING:
+    from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.use.report import ReportData
 
 __all__ = ["add_parser"]
 
@@ -73,23 +78,41 @@ def _run(options: argparse.Namespace) -> int:
     refuse_page_file(options.output, [options.metadata, *roots])
     refuse_missing_libraries()
 
-    from spark_nsfw.spark.report import collect_report
-    from spark_nsfw.spark.session import active_or_local_session
-
-    thresholds = dict(options.threshold)
-    data = collect_report(
-        active_or_local_session(),
-        options.metadata,
-        score_column=options.score_column,
-        threshold=thresholds.pop("", None),
-        other_thresholds=thresholds,
-        label_column=options.label_column,
-        wanted_recall=options.recall,
-        inputs=inputs,
-    )
-    write_page(options.output, data)
+    write_page(options.output, _collect(options, inputs))
     print(f"report    {options.output}")
     return ExitStatus.DONE
+
+
+def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportData:
+    """Without Spark where the output is small."""
+    from spark_nsfw.note import inspect_output
+    from spark_nsfw.storage import absolute
+    from spark_nsfw.use.collect import collect, samples_shown, with_images
+    from spark_nsfw.use.local_rows import small_rows
+
+    thresholds = dict(options.threshold)
+    asked = {
+        "score_column": options.score_column,
+        "threshold": thresholds.pop("", None),
+        "other_thresholds": thresholds,
+        "label_column": options.label_column,
+        "wanted_recall": options.recall,
+    }
+    metadata = absolute(options.metadata)
+    notes = inspect_output(metadata)
+    footers = [footer for of_note in notes.values() for footer in of_note]
+    rows = small_rows(footers, options.score_column, options.label_column)
+    if rows is None:
+        from spark_nsfw.spark.report import collect_report
+        from spark_nsfw.spark.session import active_or_local_session
+
+        return collect_report(active_or_local_session(), metadata, **asked, inputs=inputs)
+    data = collect(rows, metadata, list(notes), **asked, with_samples=inputs is not None)
+    if inputs is None:
+        return data
+    from spark_nsfw.use.thumbnails import samples_by_shard, thumbnails
+
+    return with_images(data, thumbnails(samples_by_shard(samples_shown(data), inputs)))
 
 
 def _threshold(text: str) -> tuple[str, float]:
