@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/
 # What test-spark35 and test-spark40 run: all tests, or those that are named.
 TESTS ?=
 
-.PHONY: demo test test-rapids test-spark35 test-spark40 lint bench bench-peers clean
+.PHONY: demo test test-rapids test-stores test-spark35 test-spark40 lint bench bench-peers clean
 
 demo: $(VENV)/.ready
 	$(RUN)python -m examples.demo demo
@@ -17,6 +17,14 @@ test: $(VENV)/.ready
 # What the RAPIDS plugin says of the job's plans; fetches the plugin, 1 GB, from Maven Central.
 test-rapids: $(VENV)/.ready
 	$(RUN)python -m pytest -m rapids tests/test_rapids.py tests/test_cluster.py
+
+# Object stores: real servers on this machine, which are fetched first.
+test-stores: .stores/.ready
+	$(RUN)python -m pytest -m stores tests/test_stores.py $(TESTS)
+
+.stores/.ready: scripts/fetch_stores.sh $(VENV)/.ready
+	scripts/fetch_stores.sh
+	touch $@
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.
 test-spark35 test-spark40: test-%: .%/.ready
@@ -54,4 +62,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .spark35 .spark40 .peers demo build dist *.egg-info
+	rm -rf $(VENV) .spark35 .spark40 .peers .stores demo build dist *.egg-info

@@ -29,6 +29,7 @@ from spark_nsfw.spark.output import ParquetOutput, noted_schema, num_tasks_for, 
 from spark_nsfw.spark.plans import metadata_rows
 from spark_nsfw.spark.session import active_or_local_session
 from spark_nsfw.spark.stored import score_embeddings
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.types import quoted
 from spark_nsfw.spark.units import sample_rows, tasks_of
 from spark_nsfw.spark.worker import device_kind
@@ -70,6 +71,7 @@ class ImageTextPairDataset:
         self.captions = captions
         self.embedder = embedder
         self.classifiers = tuple(classifiers)
+        adopt_stores(spark)
         self._inputs = ShardInputs.parse(path)
         self._metadata: DataFrame | None = None
 

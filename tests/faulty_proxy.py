@@ -25,7 +25,7 @@ class Fault:
     """What goes wrong, and with which requests.
 
     Attributes:
-        method: such as ``GET``; empty for every one.
+        method: a regular expression such as ``GET``; empty for every one.
         path: a regular expression that is searched for in path and query.
         access_key: only requests that are signed with this key; empty for all.
         first: the first matching request that fails; 1 is the next one.
@@ -49,7 +49,7 @@ class Fault:
 
     def strikes(self, method: str, path: str, headers: dict[str, str]) -> bool:
         """Count a request, and say whether it fails."""
-        if self.method not in ("", method) or not re.search(self.path, path):
+        if not re.fullmatch(self.method or ".*", method) or not re.search(self.path, path):
             return False
         if self.access_key not in headers.get("authorization", ""):
             return False

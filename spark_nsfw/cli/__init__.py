@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from spark_nsfw.cli import classify, concepts, export, inspect, models, report, score
 from spark_nsfw.cli.exit_status import ExitStatus
 from spark_nsfw.cli.parser import Parser
+from spark_nsfw.cli.stores import reach_stores
 from spark_nsfw.errors import InputError, JobStoppedError, SparkNsfwError
 
 __all__ = ["main"]
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        reach_stores(options)
         return int(options.run(options))
     except SparkNsfwError as exc:
         print(f"spark-nsfw: {exc}", file=sys.stderr)

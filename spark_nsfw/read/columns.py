@@ -134,7 +134,7 @@ def infer_passthrough(
         ShardUnreadableError: the shard has a sidecar that cannot be read.
     """
     types: dict[str, pa.DataType] = {}
-    samples = iter_samples(shard_url, lambda extension: extension == "json")
+    samples = iter_samples(shard_url, lambda extension: extension == "json", through=False)
     for _, sample in zip(range(_INFERENCE_SAMPLES), samples, strict=False):
         for name, value in describe(sample.members.get("json"), id_col, captions).values.items():
             types[name] = _widen(types.get(name, pa.null()), _json_type(value))

@@ -126,7 +126,9 @@ def iter_sample_rows(
             except ShardUnreadableError as exc:
                 fault = Sample(None, status=Status.SIDECAR_UNREADABLE, error_message=str(exc))
         rows = _Rows()
-        for sample in iter_samples(url, options.wants, options.max_image_bytes):
+        for sample in iter_samples(
+            url, options.wants, options.max_image_bytes, through=options.images
+        ):
             _append(rows, sample, options)
             if len(rows.keys) >= options.batch_rows or rows.num_bytes >= options.batch_bytes:
                 yield _record_batch(rows, name, sidecar, options), rows.images

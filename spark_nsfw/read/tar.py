@@ -181,6 +181,8 @@ def iter_samples(
     url: str,
     wanted: Callable[[str], bool] = lambda extension: True,
     max_member_bytes: int = MAX_MEMBER_BYTES,
+    *,
+    through: bool = True,
 ) -> Iterator[Sample]:
     """Read the samples of one shard, in order, without ever holding more than one.
 
@@ -191,6 +193,7 @@ def iter_samples(
         url: a local path or any URL that pyarrow's filesystems open.
         wanted: told an extension, says whether such members are read.
         max_member_bytes: larger members make their sample fail instead of being read.
+        through: most of it will be read, as `open_input` takes it.
 
     Raises:
         FileNotFoundError: there is no such shard.
@@ -205,7 +208,7 @@ def iter_samples(
         return parts is not None and wanted(parts[1])
 
     try:
-        with open_input(url) as stream:
+        with open_input(url, through=through) as stream:
             for member in iter_members(stream, name_is_wanted, max_member_bytes):
                 parts = split_name(member.name)
                 if parts is None:

@@ -12,14 +12,17 @@ from pyspark.sql import SparkSession
 from pyspark.sql.types import StructType
 
 from spark_nsfw.errors import InputError
+from spark_nsfw.hadoop import HadoopSettings
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
 from spark_nsfw.read.source import Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
 from spark_nsfw.schema import IMAGE
 from spark_nsfw.spark.cluster import reader_workers
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.types import arrow_schema, spark_schema
 from spark_nsfw.spark.units import iter_unit_rows
+from spark_nsfw.storage import settings, use_settings
 
 if TYPE_CHECKING:
     from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
@@ -55,8 +58,16 @@ def register_webdataset(spark: SparkSession) -> None:
             f"Spark {spark.version} has no data sources in Python, 4.0 and later have: "
             "use read_webdataset, which gives the same DataFrame"
         )
+    adopt_stores(spark)
+    adopted = settings()
+
+    class ReachingSource(WebDatasetSource):
+        """Travels with the session's settings of stores."""
+
+        stores = adopted
+
     with reader_workers(spark):
-        spark.dataSource.register(WebDatasetSource)
+        spark.dataSource.register(ReachingSource)
 
 
 class WebDatasetSource(DataSource):
@@ -65,6 +76,9 @@ class WebDatasetSource(DataSource):
     Spark makes an instance in a Python process of its own on the driver, where there is
     no session: the shards are listed with pyarrow.
     """
+
+    #: How it reaches stores.
+    stores = HadoopSettings()
 
     @classmethod
     def name(cls) -> str:
@@ -89,10 +103,13 @@ class WebDatasetSource(DataSource):
         ours = {*source.schema(()).names, IMAGE}
         own = [field for field in arrow_schema(schema) if field.name not in ours]
         options = replace(source.options, images=IMAGE in names)
-        return WebDatasetReader(replace(source, options=options), source.schema(own), names)
+        return WebDatasetReader(
+            replace(source, options=options), source.schema(own), names, self.stores
+        )
 
     @property
     def _source(self) -> ShardSource:
+        use_settings(self.stores)
         options = SampleOptions(
             image_extensions=_names(self.options.get("image_extensions")) or IMAGE_EXTENSIONS,
             captions=self._flag("captions", False),
@@ -123,19 +140,29 @@ class WebDatasetReader(DataSourceReader):
         source: what is read.
         schema: the columns of its rows.
         names: the columns that are handed over, in this order.
+        stores: how stores are reached.
     """
 
-    def __init__(self, source: ShardSource, schema: pa.Schema, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: ShardSource,
+        schema: pa.Schema,
+        names: Sequence[str],
+        stores: HadoopSettings,
+    ) -> None:
         self.source = source
         self.columns = schema
         self.names = list(names)
+        self.stores = stores
 
     def partitions(self) -> Sequence[InputPartition]:
         """One per shard."""
+        use_settings(self.stores)
         return [ShardPartition(unit) for unit in self.source.units()]
 
     def read(self, partition: Any) -> Iterator[pa.RecordBatch]:
         """The samples of one shard."""
+        use_settings(self.stores)
         for rows, images in iter_unit_rows([partition.unit], self.source, self.columns):
             arrays = dict(zip(rows.schema.names, rows.columns, strict=True))
             if IMAGE in self.names:

@@ -34,6 +34,7 @@ from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.cluster import reader_workers
 from spark_nsfw.spark.output import read_note
 from spark_nsfw.spark.selection import freeze, kept_columns
+from spark_nsfw.spark.stores import adopt_stores, on_workers
 from spark_nsfw.spark.waves import reason
 from spark_nsfw.storage import absolute, open_input, resolve
 from spark_nsfw.use.export_output import (
@@ -141,6 +142,7 @@ def export_metadata(
         InputError: arguments that cannot work. Nothing was written.
         JobError: the output was made with different settings, or the run failed.
     """
+    adopt_stores(spark)
     metadata = absolute(metadata)
     refuse_export(metadata, output, inputs, allow_moved=allow_moved)
     root, names = list_files(metadata)
@@ -202,6 +204,7 @@ def export_rows(
         JobError: the output was made with different settings, or the run failed.
     """
     spark, options = rows.sparkSession, options or ExportOptions()
+    adopt_stores(spark)
     output = absolute(output)
     columns_kept = kept_columns(rows, columns, options)
     refuse_overlap(output, [inputs.filesystem + root for root in inputs.roots])
@@ -314,7 +317,7 @@ def _write(
     tasks = spark.createDataFrame([(task(shard),) for shard in shards], "task string")
     with reader_workers(spark):
         results = tasks.repartition(min(len(shards), _MAX_TASKS)).mapInArrow(
-            write, "problems array<string>, refusal string"
+            on_workers(write), "problems array<string>, refusal string"
         )
         try:
             rows = results.collect()

@@ -43,6 +43,7 @@ from spark_nsfw.spark.mixing import refuse_mixing
 from spark_nsfw.spark.output import Output, num_tasks_for, with_note
 from spark_nsfw.spark.plans import PLANS, Plan, metadata_rows
 from spark_nsfw.spark.progress import Progress, ProgressStyle
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.units import StatusCounts, tasks_of
 from spark_nsfw.spark.waves import (
@@ -305,6 +306,7 @@ class Run:
 
     def _write(self, units: Sequence[Unit]) -> None:
         """Score units and append their rows."""
+        adopt_stores(self.spark)
         wanted = tasks_of(units, self.slots, _TASKS_PER_SLOT * self.slots)
         num_tasks = num_tasks_for(len(units), wanted)
         rows = metadata_rows(

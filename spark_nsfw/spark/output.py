@@ -16,6 +16,7 @@ from spark_nsfw.note import PROVENANCE
 from spark_nsfw.schema import SHARD
 from spark_nsfw.spark.committer import committer_of
 from spark_nsfw.spark.session import session_settings
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.types import arrow_schema
 from spark_nsfw.use.metadata import MetadataFiles
 
@@ -78,6 +79,7 @@ class ParquetOutput:
     """
 
     def __init__(self, spark: SparkSession, url: str) -> None:
+        adopt_stores(spark)
         self._files = MetadataFiles.at(url)
         self.url = self._files.url
         self._spark = spark

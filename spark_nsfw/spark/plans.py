@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from spark_nsfw.read.source import Source, Unit
 from spark_nsfw.schema import metadata_schema
 from spark_nsfw.score.recipe import Recipe
+from spark_nsfw.spark.stores import on_workers
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.udf import score_column
 from spark_nsfw.spark.units import (
@@ -66,5 +67,5 @@ def metadata_rows(
             yield batch
 
     return unit_numbers(spark, units, num_tasks).mapInArrow(
-        score, spark_schema(metadata_schema(schema, recipe.result_fields))
+        on_workers(score), spark_schema(metadata_schema(schema, recipe.result_fields))
     )

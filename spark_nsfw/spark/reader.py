@@ -10,6 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.units import sample_rows
 
 __all__ = ["read_webdataset"]
@@ -45,6 +46,7 @@ def read_webdataset(
         InputError: no shards, a missing shard or column, or two shards of one name.
         StorageError: a shard cannot be read now.
     """
+    adopt_stores(spark)
     options = SampleOptions(
         image_extensions=tuple(image_extensions),
         captions=captions,

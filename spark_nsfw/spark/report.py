@@ -18,6 +18,7 @@ from spark_nsfw.note import PROVENANCE, inspect_output
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
 from spark_nsfw.spark.session import session_settings
+from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.thumbnails import draw_thumbnails
 from spark_nsfw.storage import absolute
 from spark_nsfw.use.agreement import Decisions
@@ -54,6 +55,7 @@ def collect_report(
     Raises:
         InputError: a column is not there, or nothing has a score.
     """
+    adopt_stores(spark)
     metadata = absolute(metadata)
     data = collect(
         SparkRows(spark.read.parquet(metadata)),

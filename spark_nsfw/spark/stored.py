@@ -12,6 +12,7 @@ from spark_nsfw.errors import InputError
 from spark_nsfw.schema import EMBEDDING_NORM
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.stored import refuse_missing_norms, score_column
+from spark_nsfw.spark.stores import on_workers
 from spark_nsfw.spark.types import spark_schema
 from spark_nsfw.spark.worker import worker_device
 
@@ -59,4 +60,4 @@ def score_embeddings(
                 arrays += score_column(embeddings, None, [each], on, norms)[0]
             yield pa.RecordBatch.from_arrays(arrays, names=schema.names)
 
-    return rows.mapInArrow(score, schema)
+    return rows.mapInArrow(on_workers(score), schema)

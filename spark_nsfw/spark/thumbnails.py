@@ -8,6 +8,7 @@ import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.spark.stores import on_workers
 from spark_nsfw.use.thumbnails import iter_thumbnails, samples_by_shard
 
 __all__ = ["draw_thumbnails"]
@@ -29,7 +30,7 @@ def draw_thumbnails(
     shards = samples_by_shard(samples, inputs)
     tasks = spark.createDataFrame(shards, "shard string, url string, keys array<string>")
     found = tasks.repartition(max(1, len(shards))).mapInArrow(
-        _draw, "shard string, key string, jpeg binary"
+        on_workers(_draw), "shard string, key string, jpeg binary"
     )
     return {(row.shard, row.key): bytes(row.jpeg) for row in found.collect()}
 

@@ -18,6 +18,7 @@ from spark_nsfw.score.embedder import ImageEmbedder
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.types import quoted, spark_schema
 from spark_nsfw.spark.worker import recipe_identity, worker_scorer
+from spark_nsfw.storage import settings, use_settings
 
 __all__ = ["nsfw_udf", "score_column", "score_samples"]
 
@@ -113,8 +114,11 @@ def score_column(
 
 
 def _pandas_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
+    adopted = settings()
+
     @pandas_udf(spark_schema(_fields(recipe)))
     def score(images: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
+        use_settings(adopted)
         for batch in _scored((series.tolist() for series in images), recipe, identity, counts):
             yield pd.DataFrame({name: _series(batch.column(name)) for name in batch.schema.names})
 
@@ -124,9 +128,11 @@ def _pandas_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
 
 def _arrow_udf(recipe: Recipe, identity: str, counts: Any = None) -> Any:
     assert arrow_udf is not None
+    adopted = settings()
 
     @arrow_udf(spark_schema(_fields(recipe)))
     def score(images: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        use_settings(adopted)
         buffers = ([image.as_buffer() for image in array] for array in images)
         for batch in _scored(buffers, recipe, identity, counts):
             yield batch.to_struct_array()

@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 from spark_nsfw.read.source import Rows, Source, Unit
 from spark_nsfw.schema import IMAGE, STATUS, Status
 from spark_nsfw.spark.cluster import num_slots, reader_workers
+from spark_nsfw.spark.stores import on_workers
 from spark_nsfw.spark.types import spark_schema
 
 __all__ = [
@@ -83,7 +84,9 @@ def sample_rows(
             yield pa.RecordBatch.from_arrays(arrays, schema=columns)
 
     with reader_workers(spark):
-        return unit_numbers(spark, units, num_tasks).mapInArrow(read, spark_schema(columns))
+        return unit_numbers(spark, units, num_tasks).mapInArrow(
+            on_workers(read), spark_schema(columns)
+        )
 
 
 def count_rows(

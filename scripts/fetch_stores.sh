@@ -1,0 +1,24 @@
+#!/bin/sh
+# Fetch the servers that stand for object stores in `make test-stores`, into .stores.
+# What cannot be had here is told; its tests are skipped.
+set -u
+cd "$(dirname "$0")/.."
+mkdir -p .stores/bin
+
+if command -v go >/dev/null; then
+    for server in github.com/versity/versitygw/cmd/versitygw@v1.8.0 \
+        github.com/fsouza/fake-gcs-server@v1.56.1; do
+        echo "stores: building $server (minutes, once)"
+        GOBIN="$PWD/.stores/bin" GOFLAGS=-modcacherw go install "$server" ||
+            echo "stores: that failed; its tests are skipped"
+    done
+else
+    echo "stores: no Go (apt-get install golang-go, 1.22 or later): no S3 and GCS servers"
+fi
+
+if command -v npm >/dev/null; then
+    npm install --silent --no-fund --no-audit --prefix .stores azurite@3.37.0 ||
+        echo "stores: no Azurite; its tests are skipped"
+else
+    echo "stores: no npm (apt-get install npm): no Azure server"
+fi
