@@ -15,13 +15,14 @@ from stat import S_ISDIR, S_ISREG
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError, StorageError
-from spark_nsfw.storage import parts, resolve
+from spark_nsfw.storage import on_store, parts, resolve
 
 __all__ = [
     "FileEntry",
     "delete_empty_directories",
     "delete_files",
     "exists",
+    "file_info",
     "files_digest",
     "find_file",
     "is_hidden",
@@ -52,17 +53,25 @@ class FileEntry:
     modified_seconds: float
 
 
+def file_info(url: str) -> fs.FileInfo:
+    """What pyarrow tells of a path or URL.
+
+    Raises:
+        StorageError: it cannot be looked at now.
+    """
+    try:
+        return on_store(url, lambda filesystem, path: filesystem.get_file_info(path))
+    except OSError as exc:
+        raise StorageError(f"{url} cannot be looked at: {exc}") from exc
+
+
 def find_file(url: str) -> FileEntry | None:
     """The file that ``url`` names, its entry's name empty; None if it names a directory or nothing.
 
     Raises:
         StorageError: it cannot be looked at now.
     """
-    filesystem, path = resolve(url)
-    try:
-        info = filesystem.get_file_info(path)
-    except OSError as exc:
-        raise StorageError(f"{url} cannot be looked at: {exc}") from exc
+    info = file_info(url)
     if info.type is not fs.FileType.File:
         return None
     return FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
@@ -74,11 +83,7 @@ def exists(url: str) -> bool:
     Raises:
         StorageError: it cannot be looked at now.
     """
-    filesystem, path = resolve(url)
-    try:
-        return bool(filesystem.get_file_info(path).type is not fs.FileType.NotFound)
-    except OSError as exc:
-        raise StorageError(f"{url} cannot be looked at: {exc}") from exc
+    return bool(file_info(url).type is not fs.FileType.NotFound)
 
 
 def is_hidden(path: str) -> bool:
@@ -120,7 +125,7 @@ def iter_files(
     while directories:
         selector = fs.FileSelector(directories.pop(), recursive=one_pass, allow_not_found=True)
         try:
-            infos = filesystem.get_file_info(selector)
+            infos = _selected(url, selector)
         except OSError as exc:
             raise StorageError(f"{url} cannot be listed: {exc}") from exc
         for info in infos:
@@ -129,6 +134,10 @@ def iter_files(
                 yield FileEntry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
             elif info.type is fs.FileType.Directory and not one_pass and not skip(name):
                 directories.append(info.path)
+
+
+def _selected(url: str, selector: fs.FileSelector) -> list[fs.FileInfo]:
+    return on_store(url, lambda filesystem, _: filesystem.get_file_info(selector))
 
 
 def _iter_local_files(
@@ -172,28 +181,36 @@ def write_file(url: str, content: bytes) -> None:
         StorageError: it cannot be written.
         InputError: no filesystem for this kind of URL.
     """
-    filesystem, path = resolve(url)
-    directory, _, name = path.rpartition("/")
-    partial = path
-    if filesystem.type_name in ("local", "hdfs"):  # object stores publish when all is there
-        partial = f"{directory}/.{name}.{uuid.uuid4()}"
     try:
-        if partial != path:
-            filesystem.create_dir(directory)
-        try:
-            with filesystem.open_output_stream(partial) as stream:
-                stream.write(content)
-            if partial != path:
-                if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
-                    filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
-                filesystem.move(partial, path)
-        except BaseException:
-            if partial != path:
-                with suppress(OSError):
-                    filesystem.delete_file(partial)
-            raise
+        on_store(url, lambda filesystem, path: _write_file(filesystem, path, content))
     except OSError as exc:
         raise StorageError(f"{url} cannot be written: {exc}") from exc
+
+
+def _write_file(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    directory, _, name = path.rpartition("/")
+    partial = path
+    if filesystem.type_name not in _FLAT_STORES:  # object stores publish when all is there
+        partial = f"{directory}/.{name}.{uuid.uuid4()}"
+        filesystem.create_dir(directory)
+    try:
+        with filesystem.open_output_stream(partial) as stream:
+            stream.write(content)
+        if partial != path:
+            _replace(filesystem, partial, path)
+    except BaseException:
+        if partial != path:
+            with suppress(OSError):
+                filesystem.delete_file(partial)
+        raise
+
+
+def _replace(filesystem: fs.FileSystem, source: str, target: str) -> None:
+    """Move a file, over one that is there."""
+    moves_over_files = filesystem.type_name in ("local", *_FLAT_STORES)
+    if not moves_over_files and filesystem.get_file_info(target).is_file:  # such as HDFS
+        filesystem.delete_file(target)
+    filesystem.move(source, target)
 
 
 def write_text(url: str, text: str) -> None:
@@ -209,13 +226,12 @@ def delete_files(urls: Iterable[str]) -> None:
     """
 
     def delete(url: str) -> None:
-        filesystem, path = resolve(url)
         try:
-            filesystem.delete_file(path)
+            on_store(url, lambda filesystem, path: filesystem.delete_file(path))
         except FileNotFoundError:
             return
         except OSError as exc:
-            if filesystem.get_file_info(path).type is fs.FileType.NotFound:
+            if not exists(url):
                 return
             raise StorageError(f"{url} cannot be deleted: {exc}") from exc
 
@@ -271,9 +287,7 @@ def move_file(source: str, target: str) -> None:
         OSError: it cannot be moved.
     """
     filesystem, path = resolve(target)
-    if filesystem.type_name == "hdfs" and filesystem.get_file_info(path).is_file:
-        filesystem.delete_file(path)  # HDFS moves nothing over a file that is there
-    filesystem.move(resolve(source)[1], path)
+    _replace(filesystem, resolve(source)[1], path)
 
 
 def files_digest(urls: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError, StorageError
-from spark_nsfw.files import delete_empty_directories, delete_files, iter_files
-from spark_nsfw.storage import is_below, resolve
+from spark_nsfw.files import delete_empty_directories, delete_files, file_info, iter_files
+from spark_nsfw.storage import is_below, on_store
 
 __all__ = ["STATE", "delete_our_files", "refuse_foreign_entries", "refuse_overlap"]
 
@@ -53,11 +53,13 @@ def refuse_foreign_entries(directory: str, is_ours: Callable[[str], bool], maker
         StorageError: it cannot be listed now.
     """
     with _storage_errors(directory):
-        filesystem, path = resolve(directory)
-        if filesystem.get_file_info(path).type is fs.FileType.File:
+        if file_info(directory).type is fs.FileType.File:
             raise InputError(f"{directory} is a file: give a directory of its own")
-        selector = fs.FileSelector(path, allow_not_found=True)
-        names = sorted(info.base_name for info in filesystem.get_file_info(selector))
+        infos = on_store(
+            directory,
+            lambda store, path: store.get_file_info(fs.FileSelector(path, allow_not_found=True)),
+        )
+        names = sorted(info.base_name for info in infos)
     for name in names:
         if not is_ours(name):
             raise InputError(

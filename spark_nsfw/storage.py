@@ -7,6 +7,7 @@ import getpass
 import io
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,6 +26,7 @@ __all__ = [
     "hadoop_path",
     "ignores_case",
     "is_below",
+    "on_store",
     "open_input",
     "parts",
     "path_below",
@@ -40,6 +42,9 @@ _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs
 
 #: Pauses before a file that could not be read is tried again, in seconds.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+#: What stores say of faults that no other try mends: pyarrow's names of Amazon's, HTTP's codes.
+_LASTING = re.compile(r"ACCESS_DENIED|NO_SUCH|INVALID|SIGNATURE|HTTP status 4|Permission")
 
 #: One request to an object store, one read(2) of a local file.
 _REMOTE_BUFFER_BYTES = 8 << 20
@@ -137,6 +142,33 @@ def resolve(url: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), path
     filesystem, root = _filesystem(scheme, authority)
     return filesystem, f"{root.rstrip('/')}/{path}"
+
+
+def on_store(url: str, operation: Callable[[fs.FileSystem, str], _T]) -> _T:
+    """Do something with a URL's filesystem and path, again while its store has a bad moment.
+
+    The pauses grow, `RETRY_SECONDS`. What cannot pass, such as a missing permission, is tried once.
+
+    Raises:
+        InputError: no filesystem for this kind of URL.
+        OSError: the operation's own.
+    """
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return operation(*resolve(url))
+        except OSError as exc:
+            if pause is None or not parts(url)[0] or not _may_pass(exc):
+                raise
+        _filesystem.cache_clear()  # credentials may have been renewed
+        time.sleep(pause * random.uniform(0.75, 1.25))
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: OSError) -> bool:
+    named = isinstance(
+        error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    )
+    return not named and not _LASTING.search(str(error))
 
 
 def parts(url: str) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ DEFAULT_PROVIDERS = """
     org.apache.hadoop.fs.s3a.auth.IAMInstanceCredentialsProvider
 """
 KEYS = {"access.key": "A", "secret.key": "S"}
+KEPT = "kept apart"
 GIVEN = {"access_key": "A", "secret_key": "S"}
 
 
@@ -130,7 +131,9 @@ def test_a_secret_store_of_hadoop_is_asked(spark, tmp_path):
     (provider,) = jvm.org.apache.hadoop.security.alias.CredentialProviderFactory.getProviders(
         configuration
     )
-    secret = jvm.java.lang.String("kept apart").toCharArray()
+    secret = spark.sparkContext._gateway.new_array(jvm.char, len(KEPT))
+    for position, letter in enumerate(KEPT):
+        secret[position] = letter
     provider.createCredentialEntry("fs.s3a.secret.key", secret)
     provider.flush()
     spark.conf.set("hadoop.security.credential.provider.path", place)
@@ -138,4 +141,4 @@ def test_a_secret_store_of_hadoop_is_asked(spark, tmp_path):
         adopt_stores(spark)
     finally:
         spark.conf.unset("hadoop.security.credential.provider.path")
-    assert settings().values["fs.s3a.secret.key"] == "kept apart"
+    assert settings().values["fs.s3a.secret.key"] == KEPT

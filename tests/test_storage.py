@@ -70,7 +70,9 @@ def starts(ranges):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_bad_moment_costs_no_sample_and_no_byte_twice(s3, hasty, tmp_path, fault, first):
+def test_a_bad_moment_costs_no_sample_and_one_block_is_read_twice(
+    s3, hasty, tmp_path, fault, first
+):
     url = put_tar(s3, tmp_path)
     struck = s3.proxy.fail("GET", r"s\.tar", first=first, **fault)
     samples = [(sample.key, sample.status, len(sample.members["jpg"])) for sample in
@@ -78,8 +80,8 @@ def test_a_bad_moment_costs_no_sample_and_no_byte_twice(s3, hasty, tmp_path, fau
     assert samples == [(key, "ok", MIB) for key in KEYS]
     assert struck.num_failed == 1
     found = starts(s3.proxy.ranges(r"s\.tar"))
-    assert found == sorted(found)  # it never went back
-    assert len(found) <= 5
+    assert sorted(set(found)) == [0, 8 * MIB, 16 * MIB]
+    assert len(found) <= 4
 
 
 def test_a_connection_cut_once_is_mended_with_pyarrows_own_tries(s3, tmp_path):
@@ -101,7 +103,7 @@ def test_an_error_that_lasts_is_an_error_and_no_row(s3, hasty, tmp_path, fault, 
             statuses += rows.column("status").to_pylist()
     assert set(statuses) <= {"ok"}
     assert len(statuses) < len(KEYS)
-    assert struck.num_failed == 3
+    assert 3 <= struck.num_failed <= 3 * 3  # tries of each block
 
 
 def test_a_file_that_cannot_be_opened_now_is_not_missing(s3, hasty, tmp_path):
@@ -428,7 +430,8 @@ class Hdfs:
 
 def test_hdfs_is_listed_without_what_is_skipped(tmp_path, monkeypatch):
     hdfs = Hdfs()
-    monkeypatch.setattr("spark_nsfw.files.resolve", lambda url: (hdfs, url))
+    for module in ("files", "storage"):
+        monkeypatch.setattr(f"spark_nsfw.{module}.resolve", lambda url: (hdfs, url))
     names = ["_temporary/1/shard=a/part-0.parquet", "shard=b/part-0.parquet", ".hidden"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

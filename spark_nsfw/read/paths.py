@@ -15,7 +15,7 @@ from spark_nsfw.errors import InputError, NothingToReadError, StorageError
 from spark_nsfw.files import FileEntry, is_hidden, iter_files
 from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
-from spark_nsfw.storage import hadoop_path, is_below, path_below, resolve
+from spark_nsfw.storage import hadoop_path, is_below, on_store, path_below, resolve
 
 __all__ = ["ShardInputs"]
 
@@ -113,9 +113,10 @@ class ShardInputs:
         places = [path.rstrip("/") for path in paths if not is_pattern(path)]
         if not places:
             return
-        resolved = [resolve(f"{self.filesystem}{place or '/'}") for place in places]
+        urls = [f"{self.filesystem}{place or '/'}" for place in places]
+        paths = [resolve(url)[1] for url in urls]
         try:
-            infos = resolved[0][0].get_file_info([path for _, path in resolved])
+            infos = on_store(urls[0], lambda filesystem, _: filesystem.get_file_info(paths))
         except OSError as exc:
             raise StorageError(f"{self.filesystem}{places[0]} cannot be listed: {exc}") from exc
         for place, info in zip(places, infos, strict=True):

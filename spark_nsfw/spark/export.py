@@ -26,7 +26,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError, JobError
-from spark_nsfw.files import files_digest, list_files
+from spark_nsfw.files import file_info, files_digest, list_files
 from spark_nsfw.note import PROVENANCE, refuse_another_note
 from spark_nsfw.ownership import refuse_overlap
 from spark_nsfw.read.paths import ShardInputs
@@ -36,7 +36,7 @@ from spark_nsfw.spark.output import read_note
 from spark_nsfw.spark.selection import freeze, kept_columns
 from spark_nsfw.spark.stores import adopt_stores, on_workers
 from spark_nsfw.spark.waves import reason
-from spark_nsfw.storage import absolute, open_input, resolve
+from spark_nsfw.storage import absolute, open_input
 from spark_nsfw.use.export_output import (
     delete_partial_files,
     delete_selections,
@@ -339,8 +339,7 @@ def _finish(
     def count(shard: OutputShard) -> tuple[int, int]:
         with open_input(f"{output}/{shard.name}.parquet") as stream:
             num_samples = pq.read_metadata(stream).num_rows
-        filesystem, path = resolve(f"{output}/{shard.name}.tar")
-        return num_samples, filesystem.get_file_info(path).size
+        return num_samples, file_info(f"{output}/{shard.name}.tar").size
 
     def count_scored(shard: OutputShard) -> int:
         with open_input(f"{output}/{shard.name}.parquet") as stream:

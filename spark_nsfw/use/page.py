@@ -16,7 +16,7 @@ import numpy as np
 from pyarrow import fs
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.files import write_text
+from spark_nsfw.files import file_info, write_text
 from spark_nsfw.storage import is_below, open_input, resolve
 from spark_nsfw.use.agreement import Agreement, ContestedSample
 from spark_nsfw.use.charts import label_charts, progress_chart, score_charts
@@ -54,7 +54,7 @@ def refuse_page_file(url: str, places: Sequence[str]) -> None:
         if is_below(url, place):
             raise InputError(f"{url} is in the input {place}: write the report elsewhere")
     filesystem, path = resolve(url)
-    info = filesystem.get_file_info(path)
+    info = file_info(url)
     if info.type is fs.FileType.NotFound:
         directory = posixpath.dirname(path)
         local = isinstance(filesystem, fs.LocalFileSystem)  # others have no directories to lack

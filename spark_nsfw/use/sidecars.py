@@ -8,7 +8,6 @@ from itertools import count
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from spark_nsfw.files import exists, move_file
 from spark_nsfw.note import note_in
@@ -50,8 +49,7 @@ def move_beside_shards(staging: str, units: Sequence[Unit]) -> None:
 
 
 def _is_ours_or_absent(sidecar: str) -> bool:
-    filesystem, path = resolve(sidecar)
-    if filesystem.get_file_info(path).type is fs.FileType.NotFound:
+    if not exists(sidecar):
         return True
     try:
         with open_input(sidecar) as stream:
