@@ -33,6 +33,7 @@ class Fault:
         status: answer this status; None lets the server answer.
         cut_after: cut the connection after so many bytes of the server's body.
         delay_seconds: wait before the answer.
+        bytes_per_second: of an answer; None sends it as fast as it comes.
         num_seen, num_failed: requests that matched, and those that failed.
     """
 
@@ -44,6 +45,7 @@ class Fault:
     status: int | None = None
     cut_after: int | None = None
     delay_seconds: float = 0.0
+    bytes_per_second: float | None = None
     num_seen: int = 0
     num_failed: int = 0
 
@@ -158,6 +160,8 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
             self.send_header("Content-Length", length)
             self.end_headers()
+            if fault is not None and fault.bytes_per_second is not None:
+                time.sleep(len(content) / fault.bytes_per_second)
             if fault is None or fault.cut_after is None:
                 self.wfile.write(content)
                 return
