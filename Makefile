@@ -20,10 +20,10 @@ test-rapids: $(VENV)/.ready
 
 # Object stores: real servers on this machine, which are fetched first.
 test-stores: .stores/.ready
-	$(RUN)python -m pytest -m stores tests/test_stores.py $(TESTS)
+	$(RUN)python -m pytest -m stores tests/test_other_stores.py tests/test_stores.py $(TESTS)
 
 .stores/.ready: scripts/fetch_stores.sh $(VENV)/.ready
-	scripts/fetch_stores.sh
+	VENV=$(VENV) scripts/fetch_stores.sh
 	touch $@
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.

@@ -22,3 +22,10 @@ if command -v npm >/dev/null; then
 else
     echo "stores: no npm (apt-get install npm): no Azure server"
 fi
+
+echo "stores: fetching HDFS"
+home=$("${VENV:-.venv}/bin/python" -c 'import pyspark; print(pyspark.__path__[0])')
+SPARK_HOME="$home" "$home/bin/spark-submit" --conf "spark.jars.ivy=$PWD/.stores/ivy" \
+    --packages "org.apache.hadoop:hadoop-client-minicluster:3.4.2,junit:junit:4.13.2,org.mockito:mockito-core:2.28.2,commons-cli:commons-cli:1.5.0,javax.xml.bind:jaxb-api:2.3.1" \
+    --class org.apache.hadoop.util.VersionInfo spark-internal >.stores/hdfs.log 2>&1 ||
+    echo "stores: no HDFS, .stores/hdfs.log says why; its tests are skipped"

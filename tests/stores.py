@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["azurite", "fake_gcs", "free_port", "served", "versitygw"]
+__all__ = ["azurite", "fake_gcs", "free_port", "hdfs_cluster", "program", "served", "versitygw"]
 
 STORES = Path(__file__).parents[1] / ".stores"
 
@@ -117,25 +117,15 @@ def azurite(log: Path) -> Iterator[str]:
         yield url
 
 
-#: HDFS in one process, with what its manager needs to parse its arguments.
-_MINI_CLUSTER = (
-    "org.apache.hadoop:hadoop-client-minicluster:3.4.2,junit:junit:4.13.2,"
-    "org.mockito:mockito-core:2.28.2,commons-cli:commons-cli:1.5.0"
-)
-
-
 @contextmanager
 def hdfs_cluster(directory: Path, log: Path) -> Iterator[tuple[str, str]]:
     """HDFS with one data node; its URL for RPC and that for HTTP."""
-    import pyspark
-
     rpc, http = free_port(), free_port()
-    home = Path(pyspark.__file__).parent
+    java = f"{os.environ['JAVA_HOME']}/bin/java" if "JAVA_HOME" in os.environ else "java"
     command = [
-        str(home / "bin/spark-submit"), "--packages", _MINI_CLUSTER,
-        "--class", "org.apache.hadoop.test.MiniDFSClusterManager", "spark-internal",
+        java, "-Xmx512m", f"-Dtest.build.data={directory}", "-cp", f"{STORES}/ivy/jars/*",
+        "org.apache.hadoop.test.MiniDFSClusterManager",
         "-format", "-datanodes", "1", "-nnport", str(rpc), "-httpport", str(http),
     ]  # fmt: skip
-    environment = {"SPARK_HOME": str(home), "MINI_DFS": str(directory)}
-    with served(command, http, log, environment):
+    with served(command, http, log):
         yield f"hdfs://127.0.0.1:{rpc}", f"webhdfs://127.0.0.1:{http}"
