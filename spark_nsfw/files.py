@@ -210,7 +210,11 @@ def _replace(filesystem: fs.FileSystem, source: str, target: str) -> None:
     moves_over_files = filesystem.type_name in ("local", *_FLAT_STORES)
     if not moves_over_files and filesystem.get_file_info(target).is_file:  # such as HDFS
         filesystem.delete_file(target)
-    filesystem.move(source, target)
+    try:
+        filesystem.move(source, target)
+    except NotImplementedError:  # Azure without directories of its own
+        filesystem.copy_file(source, target)
+        filesystem.delete_file(source)
 
 
 def write_text(url: str, text: str) -> None:

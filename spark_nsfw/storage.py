@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import getpass
 import io
 import os
 import random
@@ -20,6 +19,7 @@ from pyarrow import fs
 from spark_nsfw.ahead import read_ahead
 from spark_nsfw.errors import InputError, StorageError
 from spark_nsfw.hadoop import HadoopSettings
+from spark_nsfw.webhdfs import webhdfs
 
 __all__ = [
     "absolute",
@@ -83,7 +83,7 @@ def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
         if arguments and authority:
             return fs.S3FileSystem(**arguments), authority
         if scheme in ("webhdfs", "swebhdfs"):
-            return _webhdfs(scheme, authority), "/"
+            return webhdfs(scheme, authority, kerberos=_settings.has_kerberos), "/"
         if uri == "hdfs://":  # the namenode of Hadoop's own configuration
             return fs.HadoopFileSystem("default", port=0), "/"
         return cast("tuple[fs.FileSystem, str]", fs.FileSystem.from_uri(uri))
@@ -100,30 +100,6 @@ def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
                 "too; or give the same place as webhdfs://NAMENODE:9870/…, which needs no library"
             ) from exc
         raise StorageError(f"{uri} cannot be reached: {exc}") from exc
-
-
-def _webhdfs(scheme: str, authority: str) -> fs.FileSystem:
-    """HDFS through its own HTTP service, by fsspec."""
-    try:
-        from fsspec.implementations.webhdfs import WebHDFS
-    except ImportError as exc:
-        raise InputError(
-            f"{scheme}:// needs more packages: pip install 'spark-nsfw[hdfs]'"
-        ) from exc
-    host, _, port = authority.partition(":")
-    secure = scheme == "swebhdfs"
-    user = os.environ.get("HADOOP_USER_NAME") or getpass.getuser()
-    return fs.PyFileSystem(
-        fs.FSSpecHandler(
-            WebHDFS(
-                host,
-                int(port or (9871 if secure else 9870)),
-                kerberos=_settings.has_kerberos,
-                user=None if _settings.has_kerberos else user,
-                use_https=secure,
-            )
-        )
-    )
 
 
 def resolve(url: str) -> tuple[fs.FileSystem, str]:

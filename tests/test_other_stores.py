@@ -1,8 +1,10 @@
 """Python's part on Google's and Azure's stores and WebHDFS; the whole program on WebHDFS."""
 
+import functools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,19 +42,24 @@ def local(tmp_path_factory):
     return directory
 
 
+def always(store, root):
+    """In place of `storage._filesystem`: the environment cannot name these servers."""
+    found = functools.lru_cache(lambda scheme, authority: (store, root))
+    storage._filesystem.cache_clear()
+    return found
+
+
 @pytest.fixture
 def google(tmp_path, monkeypatch):
     if program("bin/fake-gcs-server") is None:
         pytest.skip("no fake-gcs-server: no Go here?")
     with fake_gcs(tmp_path / "log") as url:
-        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", url)
-        storage._filesystem.cache_clear()
         place = url.removeprefix("http://")
         store = fs.GcsFileSystem(anonymous=True, endpoint_override=place, scheme="http",
                                  project_id="p")  # fmt: skip
         store.create_dir("bucket")
+        monkeypatch.setattr(storage, "_filesystem", always(store, "bucket"))
         yield "gs://bucket"
-    storage._filesystem.cache_clear()
 
 
 @pytest.fixture
@@ -62,11 +69,12 @@ def azure(tmp_path, monkeypatch):
     with azurite(tmp_path / "log") as url:
         place = url.removeprefix("http://")
         store = fs.AzureFileSystem(
-            AZURITE_ACCOUNT, AZURITE_KEY, blob_storage_authority=place, blob_storage_scheme="http",
+            AZURITE_ACCOUNT, account_key=AZURITE_KEY,
+            blob_storage_authority=place, blob_storage_scheme="http",
             dfs_storage_authority=place, dfs_storage_scheme="http",
         )  # fmt: skip
         store.create_dir("container")
-        monkeypatch.setattr(storage, "_filesystem", lambda scheme, _: (store, "container"))
+        monkeypatch.setattr(storage, "_filesystem", always(store, "container"))
         yield f"abfss://container@{AZURITE_ACCOUNT}.dfs.core.windows.net"
 
 
@@ -113,7 +121,9 @@ def test_files_are_written_listed_moved_and_deleted(place):
     write_file(f"{place}/a", b"another")  # in its place
     assert open_input(f"{place}/a").read() == b"another"
     assert list_files(place)[1] == ["a", "d/e", "d/f/g"]
-    assert {entry.name: entry.size for entry in iter_files(f"{place}/d")} == {"e": 3, "f/g": 5}
+    entries = list(iter_files(f"{place}/d"))
+    assert {entry.name: entry.size for entry in entries} == {"e": 3, "f/g": 5}
+    assert all(abs(entry.modified_seconds - time.time()) < 60 for entry in entries)
     move_file(f"{place}/d/e", f"{place}/a")
     assert open_input(f"{place}/a").read() == b"d/e"
     assert not exists(f"{place}/d/e")
@@ -169,5 +179,6 @@ def test_hdfs_without_its_library_is_told_with_two_remedies(cluster, tmp_path):
 
 def test_a_name_node_that_does_not_answer_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01,))
+    storage._filesystem.cache_clear()
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9"):
         list(iter_files("webhdfs://127.0.0.1:9/in"))
