@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/
 # What test-spark35 and test-spark40 run: all tests, or those that are named.
 TESTS ?=
 
-.PHONY: demo test test-rapids test-stores test-spark35 test-spark40 lint bench bench-peers clean
+.PHONY: demo test test-rapids test-stores test-spark35 test-spark40 lint bench bench-peers bench-stores clean
 
 demo: $(VENV)/.ready
 	$(RUN)python -m examples.demo demo
@@ -20,7 +20,7 @@ test-rapids: $(VENV)/.ready
 
 # Object stores: real servers on this machine, which are fetched first.
 test-stores: .stores/.ready
-	$(RUN)python -m pytest -m stores tests/test_other_stores.py tests/test_stores.py $(TESTS)
+	$(RUN)python -m pytest -n 2 --dist loadfile -m stores $(TESTS)
 
 .stores/.ready: scripts/fetch_stores.sh $(VENV)/.ready
 	VENV=$(VENV) scripts/fetch_stores.sh
@@ -46,6 +46,9 @@ bench-peers: .peers/.ready
 	rm -rf .peers
 	$(RUN)pip install -q --disable-pip-version-check --target .peers -r $<
 	touch $@
+
+bench-stores: .stores/.ready
+	$(RUN)python -m benchmarks.stores
 
 bench: $(VENV)/.ready
 	for name in pixels tower detectors open_nsfw breakdown start plans memory scale waves classify export fidelity; do \

@@ -3,17 +3,13 @@
 import io
 import json
 import os
-import random
 import re
-import subprocess
 import sys
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import boto3
-import psutil
 import pyarrow.parquet as pq
 import pyspark
 import pytest
@@ -303,92 +299,3 @@ def test_a_mistyped_endpoint_is_told_soon(spark, client, bucket, shards, detecto
     (line,) = lines_of(capsys.readouterr().err)
     assert "mistyped" in line
     assert "127.0.0.1:9" in line
-
-
-@pytest.fixture(scope="session")
-def configured(spark, s3a_settings, tmp_path_factory):
-    """What a command of its own needs in the environment; the secrets are in a file."""
-    directory = tmp_path_factory.mktemp("conf")
-    jars = spark.sparkContext.getConf().get("spark.jars").replace("file://", "").split(",")
-    settings = s3a_settings | {"spark.driver.extraClassPath": ":".join(jars)}
-    del settings["spark.jars.packages"]  # each start would copy 700 MB
-    lines = [f"{name} {value}" for name, value in settings.items()]
-    (directory / "spark-defaults.conf").write_text("\n".join(lines) + "\n")
-    return os.environ | {"SPARK_CONF_DIR": str(directory), "AWS_EC2_METADATA_DISABLED": "true"}
-
-
-@pytest.fixture(scope="session")
-def many(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("many")
-    write_photograph_shards(directory, num_shards=60, samples_per_shard=2)
-    return directory
-
-
-def begin(command, environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "spark_nsfw.cli", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
-
-
-def kill(process):
-    """SIGKILL for the driver and all that it started."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in family:
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.communicate()
-
-
-KILLS = 20
-
-
-def test_drivers_killed_while_they_commit_cost_no_row(
-    spark, client, gateway, bucket, many, detector_path, configured
-):
-    upload(client, bucket, many)
-    place = f"s3a://{bucket}"
-    whole = score(f"{place}/in", f"{place}/whole", detector_path, "--plan=fused")
-    assert main(whole) == 0
-    expected = collected(spark.read.parquet(f"{place}/whole"))
-    command = score(f"{place}/in", f"{place}/out", detector_path, "--plan=fused",
-                    "--shards-per-wave=4")  # fmt: skip
-    gateway.fail(times=None, delay_seconds=0.02)  # commits take their time
-    draw, killed, progress = random.Random(7), 0, []
-    while killed < KILLS:
-        before = len(gateway.requests)
-        num_commits = draw.randrange(4)
-        process = begin(command, configured)
-        while process.poll() is None:
-            requests = gateway.requests[before:]
-            commits = [r for r in requests if r[0] == "POST" and "/out/shard%3D0" in r[1]
-                       and "uploadId" in r[1]]  # fmt: skip
-            uploads = [r for r in requests if "/out/shard%3D0" in r[1] and "partNumber" in r[1]]
-            if uploads and len(commits) >= num_commits:
-                kill(process)
-                killed += 1
-            time.sleep(0.005)
-        if process.returncode == 0:
-            break
-        progress.append(len(MetadataFiles.at(f"{place}/out").done()))
-    assert killed == KILLS
-    assert progress == sorted(progress)
-    assert 0 < progress[-1] < 60
-    gateway.mend()
-    assert main(command) == 0
-    assert collected(spark.read.parquet(f"{place}/out")) == expected
-
-
-def test_two_commands_at_once_cost_no_row(
-    spark, client, bucket, shards, local_rows, detector_path, configured
-):
-    upload(client, bucket, shards)
-    place = f"s3a://{bucket}"
-    command = score(f"{place}/in", f"{place}/out", detector_path, "--shards-per-wave=2")
-    runs = [begin(command, configured) for _ in range(2)]
-    for run in runs:
-        said = run.communicate(timeout=300)[0]
-        assert run.returncode == 0, said[-2000:]
-        assert SECRET_KEY not in said
-    assert main(command) == 0
-    assert collected(spark.read.parquet(f"{place}/out")) == local_rows
