@@ -24,7 +24,6 @@ test-stores: .stores/.ready
 
 .stores/.ready: scripts/fetch_stores.sh $(VENV)/.ready
 	VENV=$(VENV) scripts/fetch_stores.sh
-	touch $@
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.
 test-spark35 test-spark40: test-%: .%/.ready

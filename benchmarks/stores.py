@@ -30,9 +30,6 @@ from stores import ACCESS_KEY, SECRET_KEY, versitygw
 
 LATENCY_SECONDS, BYTES_PER_SECOND = 0.03, 200e6
 
-#: Listed by the proxy's client at once; a real S3 gives as many.
-_KEYS_PER_PAGE = 1000
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()

@@ -9,6 +9,8 @@ Source: Hadoop's documentation, "Hadoop-AWS module: Integration with Amazon Web 
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,20 +18,36 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["PREFIXES", "SECRETS", "HadoopSettings"]
+__all__ = ["AUTHENTICATION", "S3A_NAMES", "SECRETS", "USER", "HadoopSettings"]
 
-#: What the settings' names begin with.
-PREFIXES = ("fs.s3a.", "hadoop.security.")
+#: What is taken over of ``fs.s3a.`` and of ``fs.s3a.bucket.NAME.``; no more, for it may be secret.
+S3A_NAMES = (
+    "access.key",
+    "secret.key",
+    "session.token",
+    "aws.credentials.provider",
+    "endpoint",
+    "endpoint.region",
+    "path.style.access",
+    "connection.ssl.enabled",
+)
 
 #: What Hadoop may keep in a store of its own for secrets.
-SECRETS = ("fs.s3a.access.key", "fs.s3a.secret.key", "fs.s3a.session.token")
+SECRETS = S3A_NAMES[:3]
+
+AUTHENTICATION = "hadoop.security.authentication"
+
+#: Who Spark is to HDFS: not one of Hadoop's names.
+USER = "user.name"
 
 #: Providers that take the keys from the settings, by the end of their names.
 _FROM_SETTINGS = ("SimpleAWSCredentialsProvider", "TemporaryAWSCredentialsProvider")
 _ANONYMOUS = ("AnonymousAWSCredentialsProvider", "AnonymousCredentialsProvider")
 
-#: An endpoint of Amazon's own, and its region.
-_AMAZON = re.compile(r"(?:.+\.)?s3(?:[.-](?P<region>[a-z0-9-]+))?\.amazonaws\.com(?:\.cn)?\Z")
+#: Amazon's own hosts; those that pyarrow finds by a region; and the region in a name.
+_AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
+_REGION = re.compile(r"\b[a-z]{2}(?:-[a-z]+)+-\d+\b")
+_USUAL = re.compile(rf"s3(?:[.-]{_REGION.pattern})?\.amazonaws\.com(?:\.cn)?")
 
 _DEFAULT_REGION = "us-east-1"
 
@@ -47,7 +65,12 @@ class HadoopSettings:
     @property
     def has_kerberos(self) -> bool:
         """Whether Hadoop's services want to know who asks."""
-        return self.values.get("hadoop.security.authentication", "simple") == "kerberos"
+        return self.values.get(AUTHENTICATION, "simple") == "kerberos"
+
+    @property
+    def user(self) -> str:
+        """Who asks services that believe in names."""
+        return self.values.get(USER) or os.environ.get("HADOOP_USER_NAME") or getpass.getuser()
 
     def s3_arguments(self, bucket: str) -> dict[str, Any]:
         """Arguments of `pyarrow.fs.S3FileSystem` for a bucket; none where nothing is set."""
@@ -66,15 +89,16 @@ class HadoopSettings:
             if of("session.token"):
                 arguments["session_token"] = of("session.token")
         region, endpoint = of("endpoint.region"), of("endpoint").rstrip("/")
-        amazon = _AMAZON.match(endpoint.rpartition("://")[2])
-        if amazon:
-            region = region or amazon["region"] or ""
-        elif endpoint:
-            if "://" not in endpoint:
-                is_plain = of("connection.ssl.enabled") == "false"
-                endpoint = f"{'http' if is_plain else 'https'}://{endpoint}"
-            place = urlsplit(endpoint)
-            is_virtual = of("path.style.access") != "true" and not _is_address(place.hostname or "")
+        if endpoint and "://" not in endpoint:
+            is_plain = of("connection.ssl.enabled") == "false"
+            endpoint = f"{'http' if is_plain else 'https'}://{endpoint}"
+        place = urlsplit(endpoint)
+        host = place.hostname or ""
+        if host.endswith(_AMAZON):
+            named = _REGION.search(host)
+            region = region or (named[0] if named else "")
+        if host and not _USUAL.fullmatch(host):
+            is_virtual = of("path.style.access") != "true" and not _is_address(host)
             arguments |= {
                 "scheme": place.scheme,
                 "endpoint_override": place.netloc,

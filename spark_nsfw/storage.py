@@ -43,15 +43,19 @@ _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "wasb": "abfs", "wasbs
 #: Pauses before a file that could not be read is tried again, in seconds.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
-#: What stores say of faults that no other try mends: pyarrow's names of Amazon's, HTTP's codes.
-_LASTING = re.compile(r"ACCESS_DENIED|NO_SUCH|INVALID|SIGNATURE|HTTP status 4|Permission")
+#: What S3 says of faults that no other try mends. An expired token is not among them: it may be
+#: renewed.
+_LASTING = re.compile(
+    r"AWS Error (?:ACCESS_DENIED|NO_SUCH_\w+|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH)"
+    r"|HTTP status (?:301|401|403|404|405)"
+)
 
 #: One request to an object store, one read(2) of a local file.
 _REMOTE_BUFFER_BYTES = 8 << 20
 _LOCAL_BUFFER_BYTES = 1 << 20
 
-#: Requests of a file that is read through, beside the one that is waited for: with 30 ms a request
-#: and 50 MB/s each, 8 MiB a time, they bring 200 MB/s.
+#: Requests at a time for a file that is read through: with 30 ms each and 50 MB/s, 8 MiB at a time,
+#: they bring 200 MB/s.
 _NUM_AHEAD = 4
 
 
@@ -81,9 +85,11 @@ def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
     arguments = _settings.s3_arguments(authority) if scheme == "s3" else {}
     try:
         if arguments and authority:
+            if "region" not in arguments:
+                arguments["region"] = fs.resolve_s3_region(authority)
             return fs.S3FileSystem(**arguments), authority
         if scheme in ("webhdfs", "swebhdfs"):
-            return webhdfs(scheme, authority, kerberos=_settings.has_kerberos), "/"
+            return _name_node(scheme, authority), "/"
         if uri == "hdfs://":  # the namenode of Hadoop's own configuration
             return fs.HadoopFileSystem("default", port=0), "/"
         return cast("tuple[fs.FileSystem, str]", fs.FileSystem.from_uri(uri))
@@ -100,6 +106,10 @@ def _filesystem(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
                 "too; or give the same place as webhdfs://NAMENODE:9870/…, which needs no library"
             ) from exc
         raise StorageError(f"{uri} cannot be reached: {exc}") from exc
+
+
+def _name_node(scheme: str, authority: str) -> fs.FileSystem:
+    return webhdfs(scheme, authority, user=_settings.user, kerberos=_settings.has_kerberos)
 
 
 def resolve(url: str) -> tuple[fs.FileSystem, str]:
@@ -141,10 +151,10 @@ def on_store(url: str, operation: Callable[[fs.FileSystem, str], _T]) -> _T:
 
 
 def _may_pass(error: OSError) -> bool:
-    named = isinstance(
-        error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-    )
-    return not named and not _LASTING.search(str(error))
+    lasting = (
+        FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
+    )  # fmt: skip
+    return not isinstance(error, lasting) and not _LASTING.search(str(error))
 
 
 def parts(url: str) -> tuple[str, str, str]:
@@ -211,7 +221,7 @@ class _RetryingFile(io.RawIOBase):
         self._size = -1
         self._retried(self._open)
 
-    def _open(self) -> int:
+    def _open(self) -> Any:
         filesystem, path = resolve(self.url)
         if self.is_local and os.path.isdir(path):  # pyarrow's error is one of any kind
             raise IsADirectoryError(errno.EISDIR, "it is a directory", path)
@@ -221,7 +231,7 @@ class _RetryingFile(io.RawIOBase):
             file.close()
             raise OSError(f"it changed while it was read, from {self._size:,} to {size:,} bytes")
         self._file, self._size = file, size
-        return size
+        return file
 
     @property
     def size(self) -> int:
@@ -232,10 +242,7 @@ class _RetryingFile(io.RawIOBase):
         """So many bytes from there, whatever else reads at the same time."""
 
         def read() -> bytes:
-            file = self._file
-            if file is None:
-                self._open()
-                file = self._file
+            file = self._file or self._open()  # other threads may drop it meanwhile
             content = bytes(file.read_at(length, offset))
             if len(content) < length:
                 raise OSError(f"it ended at byte {offset + len(content):,} of {self._size:,}")

@@ -3,6 +3,7 @@
 import pytest
 
 from spark_nsfw import storage
+from spark_nsfw.errors import InputError
 from spark_nsfw.hadoop import HadoopSettings
 from spark_nsfw.spark.stores import adopt_stores, on_workers
 from spark_nsfw.storage import settings, use_settings
@@ -43,6 +44,24 @@ def as_before():
         ({"endpoint": "s3.eu-central-1.amazonaws.com"}, {"region": "eu-central-1"}),
         ({"endpoint": "https://s3-us-west-2.amazonaws.com"}, {"region": "us-west-2"}),
         ({"endpoint": "s3.amazonaws.com"}, {}),
+        (
+            {"endpoint": "s3.dualstack.us-west-2.amazonaws.com", "path.style.access": "true"},
+            {
+                "scheme": "https",
+                "endpoint_override": "s3.dualstack.us-west-2.amazonaws.com",
+                "force_virtual_addressing": False,
+                "region": "us-west-2",
+            },
+        ),
+        (
+            {"endpoint": "https://bucket.vpce-1a.s3.eu-west-1.vpce.amazonaws.com"},
+            {
+                "scheme": "https",
+                "endpoint_override": "bucket.vpce-1a.s3.eu-west-1.vpce.amazonaws.com",
+                "force_virtual_addressing": True,
+                "region": "eu-west-1",
+            },
+        ),
         (
             {"endpoint": "http://127.0.0.1:7070/", "path.style.access": "false"},
             {
@@ -142,3 +161,37 @@ def test_a_secret_store_of_hadoop_is_asked(spark, tmp_path):
     finally:
         spark.conf.unset("hadoop.security.credential.provider.path")
     assert settings().values["fs.s3a.secret.key"] == KEPT
+
+
+def test_only_what_is_needed_is_taken_over(spark):
+    given = {
+        "fs.s3a.bucket.photos.access.key": "A",
+        "fs.s3a.encryption.key": "not ours",
+        "hadoop.security.group.mapping.ldap.bind.password": "not ours",
+    }
+    for name, value in given.items():
+        spark.conf.set(name, value)
+    try:
+        adopt_stores(spark)
+    finally:
+        for name in given:
+            spark.conf.unset(name)
+    assert settings().values["fs.s3a.bucket.photos.access.key"] == "A"
+    assert "not ours" not in settings().values.values()
+
+
+def test_a_secret_store_that_cannot_be_read_is_told(spark, tmp_path):
+    (tmp_path / "keys.jceks").write_text("not a key store")
+    spark.conf.set("fs.s3a.security.credential.provider.path", f"jceks://file{tmp_path}/keys.jceks")
+    try:
+        with pytest.raises(InputError, match=r"keys\.jceks: Hadoop cannot read"):
+            adopt_stores(spark)
+    finally:
+        spark.conf.unset("fs.s3a.security.credential.provider.path")
+
+
+def test_a_task_keeps_its_name_in_sparks_plans():
+    def read(batches):
+        yield from batches
+
+    assert on_workers(read).__name__ == "read"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 from pyarrow import fs
 from stores import azurite, fake_gcs, hdfs_cluster, program
 
@@ -175,6 +176,37 @@ def test_hdfs_without_its_library_is_told_with_two_remedies(cluster, tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "ARROW_LIBHDFS_DIR" in line
     assert "webhdfs://" in line
+
+
+def test_a_node_that_fails_is_no_missing_file_and_its_words_are_no_content(
+    webhdfs, local, monkeypatch
+):
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.01, 0.01))
+    upload(local, f"{webhdfs}/faults")
+    url = f"{webhdfs}/faults/00000.tar"
+    whole = (local / "00000.tar").read_bytes()
+    service = storage.resolve(url)[0].handler.fs
+    send = service.session.send
+    fails = []
+
+    def faulty(request, **kwargs):
+        if fails and fails[0] in request.url:
+            fails.pop(0)
+            raise requests.ConnectionError("nobody answers")
+        return send(request, **kwargs)
+
+    monkeypatch.setattr(service.session, "send", faulty)
+    for fault in ("GETFILESTATUS", "op=OPEN", "namenoderpcaddress"):
+        fails[:] = [fault]
+        assert open_input(url).read() == whole
+        assert not fails
+        fails[:] = [fault] * 9
+        with pytest.raises(StorageError, match="cannot be read now"):
+            open_input(url).read()
+    fails.clear()
+    monkeypatch.setattr(service, "_apply_proxy", lambda place: place.replace("00000", "none"))
+    with pytest.raises(StorageError, match="cannot be read now"):  # a data node's 404
+        open_input(url).read()
 
 
 def test_a_name_node_that_does_not_answer_is_told(tmp_path, monkeypatch):

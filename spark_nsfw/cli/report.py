@@ -106,7 +106,9 @@ def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportD
         from spark_nsfw.spark.report import collect_report
         from spark_nsfw.spark.session import active_or_local_session
 
-        return collect_report(active_or_local_session(), metadata, **asked, inputs=inputs)
+        return collect_report(
+            active_or_local_session(), metadata, **asked, inputs=inputs, notes=list(notes)
+        )
     data = collect(rows, metadata, list(notes), **asked, with_samples=inputs is not None)
     if inputs is None:
         return data

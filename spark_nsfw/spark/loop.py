@@ -196,6 +196,7 @@ class Run:
 
     def _look(self, known: Sequence[Unit]) -> Sequence[Unit]:
         """The units that are there now, or those that are known where they cannot be listed."""
+        adopt_stores(self.spark)
         try:
             units = self.source.units()
         except NothingToReadError:  # one of several that were named is enough for it
@@ -207,6 +208,7 @@ class Run:
         return units
 
     def _missing(self, units: Sequence[Unit]) -> list[Unit]:
+        adopt_stores(self.spark)
         done = self.output.done()
         self.progress.done = done & self.progress.units
         return [unit for unit in units if unit.name not in done]

@@ -42,6 +42,7 @@ def collect_report(
     label_column: str | None = None,
     wanted_recall: float = 0.95,
     inputs: ShardInputs | None = None,
+    notes: Sequence[str] | None = None,
 ) -> ReportData:
     """Count what `spark_nsfw.use.page.render` shows, whatever the output's size.
 
@@ -51,6 +52,7 @@ def collect_report(
         score_column, threshold, other_thresholds, label_column, wanted_recall: as for
             `spark_nsfw.use.collect.collect`.
         inputs: where the shards are; with them there are contact sheets.
+        notes: what `inspect_output` has told already.
 
     Raises:
         InputError: a column is not there, or nothing has a score.
@@ -60,7 +62,7 @@ def collect_report(
     data = collect(
         SparkRows(spark.read.parquet(metadata)),
         metadata,
-        list(inspect_output(metadata)),
+        list(inspect_output(metadata)) if notes is None else notes,
         score_column=score_column,
         threshold=threshold,
         other_thresholds=other_thresholds,

@@ -162,14 +162,17 @@ def collect(
         )
     if threshold is not None:
         thresholds[columns[0]] = threshold
-    if rows.ends(columns[0]) is None:
+    ends = {column: rows.ends(column) for column in columns}
+    if ends[columns[0]] is None:
         raise InputError(f"{metadata}: nothing has a score")
-    main, labels = _distribution(rows, columns[0], thresholds, label_column)
-    others = [
-        _distribution(rows, column, thresholds, None)[0]
-        for column in columns[1:]
-        if rows.ends(column) is not None
+    label_of = {columns[0]: label_column}
+    distributions = [
+        _distribution(rows, column, _range(*of_it), thresholds, label_of.get(column))
+        for column, of_it in ends.items()
+        if of_it is not None
     ]
+    main, labels = distributions[0]
+    others = [score for score, _ in distributions[1:]]
     written = _times_written(metadata)
     return ReportData(
         source=metadata,
@@ -209,11 +212,14 @@ def _score_columns(rows: ReportRows, main: str | None, metadata: str) -> list[st
 
 
 def _distribution(
-    rows: ReportRows, column: str, thresholds: Mapping[str, float], label: str | None
+    rows: ReportRows,
+    column: str,
+    bounds: tuple[float, float],
+    thresholds: Mapping[str, float],
+    label: str | None,
 ) -> tuple[ScoreCounts, LabelCounts | None]:
     """A column's scores, and those among unsafe and safe samples."""
-    least, most = rows.ends(column) or (0.0, 1.0)
-    low, high = _range(least, most)
+    low, high = bounds
     none = np.zeros(NUM_BINS, np.int64)
     counts = rows.bins(column, low, high, label)
     threshold = thresholds.get(column, (low + high) / 2)

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from pyarrow import fs
 
 from spark_nsfw.note import PROVENANCE, Footer
 from spark_nsfw.schema import KEY, SHARD, STATUS, Status
@@ -42,15 +43,26 @@ def small_rows(
         return None  # Spark says what is wrong with it
     filesystem, _ = resolve(footers[0].file)
     paths = [resolve(footer.file)[1] for footer in footers]
+    try:
+        return _read(filesystem, paths, score_column, label_column)
+    except (OSError, pa.ArrowException):
+        return None  # Spark tries again, or says what is wrong
+
+
+def _read(
+    filesystem: fs.FileSystem,
+    paths: Sequence[str],
+    score_column: str | None,
+    label_column: str | None,
+) -> LocalRows | None:
     partitioning = None
     if all(f"/{SHARD}=" in path for path in paths):
         partitioning = ds.HivePartitioning(pa.schema([(SHARD, pa.string())]))
     dataset = ds.dataset(paths, filesystem=filesystem, format="parquet", partitioning=partitioning)
     rows = LocalRows(dataset.schema, pa.table({}))
-    if label_column in dataset.schema.names and not _is_number(
-        dataset.schema.field(label_column).type
-    ):
-        return None  # what is true among texts is for Spark to say
+    for name in (score_column, label_column):
+        if name in dataset.schema.names and not _is_number(dataset.schema.field(name).type):
+            return None  # what is true among texts is for Spark to say
     wanted = {SHARD, KEY, STATUS, DEFAULT_SCORE, *rows.noted_fractions, score_column, label_column}
     return LocalRows(
         dataset.schema, dataset.to_table([name for name in dataset.schema.names if name in wanted])
