@@ -7,6 +7,7 @@ for without end.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -54,6 +55,7 @@ def webhdfs(scheme: str, authority: str, *, user: str, kerberos: bool) -> fs.Fil
     return fs.PyFileSystem(_Handler(service))
 
 
+@cache
 def _service_class() -> Any:
     from fsspec.implementations.webhdfs import WebHDFS
     from requests.adapters import HTTPAdapter

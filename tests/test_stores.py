@@ -232,7 +232,7 @@ LASTING = {
     "a store that is down": ({"path": "/in/", "status": 503}, "cannot be read now"),
     "refused uploads": ({"method": "(PUT|POST)", "path": "/out/shard", "status": 403}, "out"),
     "uploads that never complete": (
-        {"method": "POST", "path": "/out/shard.*uploadId", "status": 500},
+        {"method": "POST", "path": "/out/shard%3D0.*uploadId", "status": 500},
         "un again to resume",
     ),
 }
