@@ -151,7 +151,7 @@ def test_every_command_works_on_s3(
     assert main(score(f"{place}/in", f"{place}/out", detector_path)) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert keys(client, bucket) == found
-    assert len(gateway.requests) - before < 75
+    assert len(gateway.requests) - before < 100
 
     page = tmp_path / "report.html"
     assert main(["report", f"{place}/out", "-o", str(page), "--shards", f"{place}/in"]) == 0
