@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-__all__ = ["read_ahead"]
+__all__ = ["PositionedFile", "read_ahead"]
 
 #: What is handed on at a time.
 _BUFFER_BYTES = 1 << 20
@@ -31,34 +31,49 @@ def read_ahead(
     return io.BufferedReader(_AheadFile(read_at, size, block_bytes, num_ahead), _BUFFER_BYTES)
 
 
-class _AheadFile(io.RawIOBase):
+class PositionedFile(io.RawIOBase):
+    """A readable file with a position, which seeking alone does not read from.
+
+    Args:
+        size: in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As `io.IOBase.seek`; past the end, too."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+
+class _AheadFile(PositionedFile):
     """As `read_ahead`, without a buffer."""
 
     def __init__(
         self, read_at: Callable[[int, int], bytes], size: int, block_bytes: int, num_ahead: int
     ) -> None:
-        super().__init__()
+        super().__init__(size)
         self._read_at = read_at
-        self._size = size
         self._block_bytes = block_bytes
         self._num_ahead = num_ahead
-        self._position = 0
         self._blocks: dict[int, Future[bytes]] = {}
         self._pool = ThreadPoolExecutor(num_ahead, thread_name_prefix="read-ahead")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         number, start = divmod(self._position, self._block_bytes)

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from spark_nsfw.ahead import read_ahead
+from spark_nsfw.ahead import PositionedFile, read_ahead
 from spark_nsfw.errors import InputError, StorageError
 from spark_nsfw.hadoop import HadoopSettings
 from spark_nsfw.webhdfs import webhdfs
@@ -209,16 +209,14 @@ def open_input(url: str, *, buffer_bytes: int | None = None, through: bool = Fal
     return io.BufferedReader(raw, buffer_bytes or usual)
 
 
-class _RetryingFile(io.RawIOBase):
+class _RetryingFile(PositionedFile):
     """A file that is opened again, at the same place, when reading it fails."""
 
     def __init__(self, url: str) -> None:
-        super().__init__()
+        super().__init__(-1)  # until it is open
         self.url = url
         self.is_local = not parts(url)[0]
         self._file: Any = None
-        self._position = 0
-        self._size = -1
         self._retried(self._open)
 
     def _open(self) -> Any:
@@ -249,20 +247,6 @@ class _RetryingFile(io.RawIOBase):
             return content
 
         return self._retried(read)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)  # past the end, too, which pyarrow refuses
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self._size - self._position)

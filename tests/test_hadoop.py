@@ -166,6 +166,7 @@ def test_a_secret_store_of_hadoop_is_asked(spark, tmp_path):
 def test_only_what_is_needed_is_taken_over(spark):
     given = {
         "fs.s3a.bucket.photos.access.key": "A",
+        "fs.s3a.bucket.my.photos.endpoint.region": "x-y-1",
         "fs.s3a.encryption.key": "not ours",
         "hadoop.security.group.mapping.ldap.bind.password": "not ours",
     }
@@ -177,6 +178,7 @@ def test_only_what_is_needed_is_taken_over(spark):
         for name in given:
             spark.conf.unset(name)
     assert settings().values["fs.s3a.bucket.photos.access.key"] == "A"
+    assert settings().values["fs.s3a.bucket.my.photos.endpoint.region"] == "x-y-1"
     assert "not ours" not in settings().values.values()
 
 

@@ -30,7 +30,7 @@ from spark_nsfw.storage import open_input
 
 pytestmark = pytest.mark.stores
 
-#: Azurite's own account, which it prints at its start.
+#: Azurite's own account, the same on every machine.
 AZURITE_ACCOUNT = "devstoreaccount1"
 AZURITE_KEY = (
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="

@@ -154,7 +154,8 @@ class ParquetOutput:
 def _without_dictionaries(schema: StructType) -> dict[str, str]:
     """Options that keep Parquet from looking for repeated numbers in embeddings.
 
-    There are none, and looking takes four times as long as all the rest of the writing.
+    There are hardly any, and looking for them took nearly a third of the JVM's time
+    (docs/performance.md).
     """
     return {
         f"parquet.enable.dictionary#{field.name}.list.element": "false"

@@ -19,6 +19,8 @@ __all__ = ["adopt_stores", "on_workers"]
 #: Where Hadoop keeps what nobody may read in a configuration.
 _SECRET_STORE = "hadoop.security.credential.provider.path"
 
+_PROVIDER_PATH = "security.credential.provider.path"
+
 _BUCKETS = "fs.s3a.bucket."
 
 _S3A = "org.apache.hadoop.fs.s3a.S3AFileSystem"
@@ -41,10 +43,16 @@ def adopt_stores(spark: SparkSession) -> None:
         return
     hadoop: Any = spark._jsparkSession.sessionState().newHadoopConf()
     of_buckets = dict(hadoop.getPropsWithPrefix(_BUCKETS))
-    prefixes = {"fs.s3a.", *(_BUCKETS + name.partition(".")[0] + "." for name in of_buckets)}
+    endings = (*S3A_NAMES, _PROVIDER_PATH)
+    prefixes = {"fs.s3a."} | {  # a bucket's name may have dots
+        _BUCKETS + name.removesuffix(ending)
+        for name in of_buckets
+        for ending in endings
+        if name.endswith(f".{ending}")
+    }
     names = [prefix + name for prefix in prefixes for name in S3A_NAMES]
     values = {name: hadoop.get(name) for name in (*names, AUTHENTICATION)}
-    places = [_SECRET_STORE, *(f"{p}security.credential.provider.path" for p in prefixes)]
+    places = [_SECRET_STORE, *(p + _PROVIDER_PATH for p in prefixes)]
     stores = [place for place in map(hadoop.get, places) if place]
     if stores:
         hadoop.set(_SECRET_STORE, ",".join(stores))  # this configuration is a copy
