@@ -567,6 +567,20 @@ def test_a_large_output_is_counted_by_spark(three_scores, monkeypatch):
     assert small_rows(footers) is None
 
 
+def test_a_score_at_the_threshold_is_removed(spark, tmp_path):
+    rows = {"key": list("abcd"), "status": "ok", "is_unsafe": [True, False, True, True]}
+    scores = np.array([0.25, 0.5, 0.5, 0.75], np.float32)
+    write_metadata(tmp_path / "metadata", {"x": pd.DataFrame(rows | {"nsfw_score": scores})})
+    data = collect_twice(
+        spark, str(tmp_path / "metadata"), threshold=0.5, label_column="is_unsafe",
+        wanted_recall=0.6,
+    )  # fmt: skip
+    assert data.score.num_high == 3
+    assert [shard.num_high for shard in data.shards] == [3]
+    assert (data.wanted.value, data.wanted.recall, data.wanted.precision) == (0.5, 2 / 3, 2 / 3)
+    assert data.wanted.false_positive_rate == 1
+
+
 def test_of_more_images_a_sample_is_ranked(spark, three_scores, monkeypatch):
     directory, frame = three_scores
     monkeypatch.setattr("spark_nsfw.use.collect.MAX_RANKED", 200)
