@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import end_to_end, exactness, forward, rates
+from benchmarks.gpu import end_to_end, exactness, forward, rates, under_spark
 from benchmarks.gpu.setup import MODEL, Row, Setup
 from benchmarks.table import RESULTS, machine
 
@@ -36,6 +36,7 @@ SECTIONS: dict[str, tuple[Callable[[Setup], Iterator[Row]], int]] = {
     "end to end": (end_to_end.rates, 150),
     "compile": (forward.compiled, 90),
     "float8": (forward.float8, 90),
+    "spark": (under_spark.rates, 500),
 }
 
 
