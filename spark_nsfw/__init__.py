@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spark_nsfw.dataset import ImageTextPairDataset
     from spark_nsfw.errors import SparkNsfwError
+    from spark_nsfw.read.images import read_image
     from spark_nsfw.read.shards import SampleOptions, iter_sample_batches, iter_sample_rows
     from spark_nsfw.schema import Status
     from spark_nsfw.score.aesthetic import AestheticClassifier
@@ -50,6 +51,7 @@ _MODULES = {
     "iter_sample_batches": "read.shards",
     "iter_sample_rows": "read.shards",
     "nsfw_udf": "spark.udf",
+    "read_image": "read.images",
     "read_webdataset": "spark.reader",
     "register_webdataset": "spark.datasource",
     "score_samples": "spark.udf",
@@ -77,6 +79,7 @@ __all__ = [
     "iter_sample_batches",
     "iter_sample_rows",
     "nsfw_udf",
+    "read_image",
     "read_webdataset",
     "register_webdataset",
     "score_samples",

@@ -18,7 +18,10 @@ __all__ = [
     "ERROR_MESSAGE",
     "EXTRA_JSON",
     "IMAGE",
+    "IMAGE_NUM_BYTES",
+    "IMAGE_OFFSET",
     "KEY",
+    "LOCATION_COLUMNS",
     "SCHEMA_PARTITION",
     "SHARD",
     "STATUS",
@@ -32,6 +35,8 @@ KEY = "key"
 STATUS = "status"
 ERROR_MESSAGE = "error_message"
 IMAGE = "image"
+IMAGE_OFFSET = "image_offset"
+IMAGE_NUM_BYTES = "image_num_bytes"
 CAPTION = "caption"
 EXTRA_JSON = "extra_json"
 
@@ -44,7 +49,12 @@ EMBEDDING_NORM = "embedding_norm"
 SCHEMA_PARTITION = "__schema__"
 
 #: Names that a shard's own columns may not take; theirs get the prefix ``source_``.
-CONTRACT_COLUMNS = (SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE, EXTRA_JSON)
+CONTRACT_COLUMNS = (
+    SHARD, KEY, STATUS, ERROR_MESSAGE, IMAGE_OFFSET, IMAGE_NUM_BYTES, IMAGE, EXTRA_JSON,
+)  # fmt: skip
+
+#: Where in its shard an image lies. Outputs that were begun before 0.2.0 have not got them.
+LOCATION_COLUMNS = (IMAGE_OFFSET, IMAGE_NUM_BYTES)
 
 
 class Status(str, Enum):
@@ -73,12 +83,15 @@ class Status(str, Enum):
         return self.value.startswith(("shard_", "sidecar_"))
 
 
-def sample_schema(*, captions: bool = False, passthrough: Iterable[pa.Field] = ()) -> pa.Schema:
+def sample_schema(
+    *, captions: bool = False, passthrough: Iterable[pa.Field] = (), locations: bool = True
+) -> pa.Schema:
     """The columns of one sample row, as the reader gives it.
 
     ``shard`` and ``key`` identify the sample (``key`` is null in a row that stands
     for a shard), ``image`` holds the encoded bytes and is null where ``status`` is
-    not ``ok``.
+    not ``ok``. With ``locations``, ``image_offset`` is the byte of the shard at which the
+    encoded image begins, and ``image_num_bytes`` its length; null where it is not there whole.
     """
     return pa.schema(
         [
@@ -86,6 +99,7 @@ def sample_schema(*, captions: bool = False, passthrough: Iterable[pa.Field] = (
             pa.field(KEY, pa.string()),
             *([pa.field(CAPTION, pa.string())] if captions else []),
             *passthrough,
+            *([pa.field(name, pa.int64()) for name in LOCATION_COLUMNS] if locations else []),
             pa.field(STATUS, pa.string(), nullable=False),
             pa.field(ERROR_MESSAGE, pa.string()),
             pa.field(IMAGE, pa.binary()),

@@ -22,6 +22,7 @@ from spark_nsfw.hadoop import HadoopSettings
 from spark_nsfw.webhdfs import webhdfs
 
 __all__ = [
+    "RetryingFile",
     "absolute",
     "hadoop_path",
     "ignores_case",
@@ -202,15 +203,24 @@ def open_input(url: str, *, buffer_bytes: int | None = None, through: bool = Fal
             by reads, too.
         InputError: no filesystem for this kind of URL.
     """
-    raw = _RetryingFile(url)
+    raw = RetryingFile(url)
     if through and not raw.is_local:
         return read_ahead(raw.read_at, raw.size, _REMOTE_BUFFER_BYTES, _NUM_AHEAD)
     usual = _LOCAL_BUFFER_BYTES if raw.is_local else _REMOTE_BUFFER_BYTES
     return io.BufferedReader(raw, buffer_bytes or usual)
 
 
-class _RetryingFile(PositionedFile):
-    """A file that is opened again, at the same place, when reading it fails."""
+class RetryingFile(PositionedFile):
+    """A file, without a buffer, that is opened again, at the same place, when reading it fails.
+
+    Args:
+        url: a path or URL.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        StorageError: it cannot be opened or read now; raised by reads, too.
+        InputError: no filesystem for this kind of URL.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(-1)  # until it is open
@@ -249,6 +259,7 @@ class _RetryingFile(PositionedFile):
         return self._retried(read)
 
     def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase.readinto`."""
         wanted = min(len(buffer), self._size - self._position)
         if wanted <= 0:
             return 0
@@ -268,6 +279,7 @@ class _RetryingFile(PositionedFile):
         return count
 
     def readall(self) -> bytes:
+        """As `io.RawIOBase.readall`."""
         # Python's own asks for 8 KiB at a time, a request to the store each.
         content = bytearray(max(0, self._size - self._position))
         view, filled = memoryview(content), 0
@@ -299,6 +311,7 @@ class _RetryingFile(PositionedFile):
         self._file = None  # and closed when nobody reads from it any more
 
     def close(self) -> None:
+        """As `io.IOBase.close`."""
         self._drop()
         super().close()
 

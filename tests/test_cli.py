@@ -29,7 +29,8 @@ def test_score_prints_the_summary(spark, shards, tmp_path, detector_path, aesthe
     assert f"AestheticClassifier: {aesthetic_path} sha256 {file_sha256(aesthetic_path)}" in out
     metadata = spark.read.parquet(str(tmp_path / "out"))
     assert metadata.columns == [
-        "key", "caption", "status", "error_message", "nsfw_score", "aesthetic_score", "shard",
+        "key", "caption", "image_offset", "image_num_bytes",
+        "status", "error_message", "nsfw_score", "aesthetic_score", "shard",
     ]  # fmt: skip
     assert metadata.where("aesthetic_score is not null and nsfw_score is not null").count() == 11
 

@@ -68,7 +68,8 @@ def test_the_job_scores_without_clip(spark, shards, tmp_path, capsys, monkeypatc
     assert "tower" not in printed
     frame = spark.read.parquet(str(output))
     assert {*frame.columns} == {
-        "shard", "key", "status", "error_message", "open_nsfw_score",
+        "shard", "key", "image_offset", "image_num_bytes",
+        "status", "error_message", "open_nsfw_score",
         "darkness_score",
     }  # fmt: skip
     batches = iter_sample_batches(all_shards(shards), SampleOptions())

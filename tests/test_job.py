@@ -181,7 +181,8 @@ def test_columns_of_the_dataset_and_captions_are_kept(spark, tmp_path, shards, e
     )  # fmt: skip
     frame = pd.read_parquet(tmp_path / "out")
     assert frame.columns.tolist() == [
-        "key", "caption", "width", "status", "error_message", "nsfw_score", "shard",
+        "key", "caption", "width", "image_offset", "image_num_bytes",
+        "status", "error_message", "nsfw_score", "shard",
     ]  # fmt: skip
     assert frame["width"].between(400, 600).all()
     assert len(frame) == 33

@@ -327,6 +327,31 @@ def test_an_output_of_version_0_1_0_is_continued(spark, inputs, finished, output
     assert before.items() <= {p: p.stat().st_mtime_ns for p in output.rglob("part-*")}.items()
 
 
+def drop(output, *names):
+    """Take columns out of every file of an output."""
+    key = b"org.apache.spark.sql.parquet.row.metadata"
+    for file in output.rglob("part-*.parquet"):
+        table = pq.read_table(file, partitioning=None).drop_columns([*names])
+        schema = json.loads(table.schema.metadata[key])
+        schema["fields"] = [field for field in schema["fields"] if field["name"] not in names]
+        metadata = table.schema.metadata | {key: json.dumps(schema)}
+        pq.write_table(table.replace_schema_metadata(metadata), file)
+        file.with_name(f".{file.name}.crc").unlink(missing_ok=True)
+
+
+def test_an_output_without_the_places_of_images_is_continued_without(
+    spark, inputs, finished, output, embedder
+):
+    places = ("image_offset", "image_num_bytes")
+    drop(output, *places)
+    before = all_rows(spark, output)
+    assert len(before) == 12 and not any({*places} & {*row} for row in before)
+    lose(output, "00002")
+    score(spark, inputs, output, embedder)
+    assert not {*places} & {*pq.read_schema(data_file(output, "00002")).names}
+    assert all_rows(spark, output) == before
+
+
 # --- Two runs at once -----------------------------------------------------------------
 
 

@@ -5,15 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from torch import nn
 
+from spark_nsfw import (
+    NsfwClassifier,
+    SampleOptions,
+    Scorer,
+    TimmImageEmbedder,
+    iter_sample_batches,
+)
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = (ROOT / "docs" / "python.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README + PYTHON, re.DOTALL)
+(READ_IMAGE,) = [block for block in BLOCKS if "read_image" in block]
+BLOCKS.remove(READ_IMAGE)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -42,6 +54,23 @@ def test_block(number, spark, tmp_path, capsys, jpegs, detector_path):
     else:
         assert names["scores"].shape == (3,)
         assert ((names["scores"] >= 0) & (names["scores"] <= 1)).all()
+
+
+def test_images_are_read_as_documented(tmp_path, detector_path):
+    from examples.photographs import write_photograph_shards
+
+    write_photograph_shards(tmp_path / "dataset", num_shards=2, samples_per_shard=6)
+    embedder = TimmImageEmbedder("test_vit2", embedding_size=768)
+    scorer = Scorer(embedder, [NsfwClassifier(model_path=detector_path)], device="cpu")
+    shards = [(str(path), path.stem) for path in sorted((tmp_path / "dataset").glob("*.tar"))]
+    rows = pa.Table.from_batches(scorer.score(iter_sample_batches(shards, SampleOptions())))
+    (tmp_path / "metadata").mkdir()
+    pq.write_table(rows, tmp_path / "metadata" / "rows.parquet")
+    names: dict = {}
+    exec(READ_IMAGE.replace("/path/to", str(tmp_path)), names)
+    assert len(names["images"]) == 9
+    again = embedder.embed(names["images"], device="cpu")
+    assert np.array_equal(again, np.stack(names["worst"]["image_embedding"]))
 
 
 def test_there_are_three_ways_to_use_it():

@@ -11,19 +11,21 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 from scipy import stats
 from sklearn import metrics
 
 from examples.photographs import encode, photographs, write_shard
+from spark_nsfw import SampleOptions, iter_sample_batches
 from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.note import inspect_output
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
 from spark_nsfw.spark.output import with_note
-from spark_nsfw.spark.report import collect_report
+from spark_nsfw.spark.report import SparkRows, collect_report
 from spark_nsfw.spark.thumbnails import draw_thumbnails
 from spark_nsfw.use.agreement import (
     Agreement,
@@ -475,19 +477,26 @@ def three_scores(spark, tmp_path_factory):
     scores = ["other_score", "nsfw_score", "aesthetic_score"]
     frame.loc[0, ["status", *scores]] = ["image_missing", None, None, None]
     frame.loc[1, "other_score"] = None
-    plain = spark.createDataFrame(frame.astype(object).where(frame.notna(), None), _SCHEMA)
-    rows = with_note(plain, [*scores, "embedding_norm"], NOTE)
-    rows.write.partitionBy("shard").parquet(str(directory / "metadata"))
     picture = encode(next(photographs()), quality=90)
     for shard, some in frame.groupby("shard"):
         members = ((key, [("jpg", picture)]) for key in some["key"])
         write_shard(directory / "in" / f"{shard}.tar", members)
+        batches = iter_sample_batches(
+            [(str(directory / "in" / f"{shard}.tar"), shard)], SampleOptions(images=False)
+        )
+        places = pa.Table.from_batches(batches).to_pandas()[["image_offset", "image_num_bytes"]]
+        frame.loc[some.index, places.columns] = places.to_numpy()
+    frame = frame.astype(dict.fromkeys(places.columns, "int64"))
+    plain = spark.createDataFrame(frame.astype(object).where(frame.notna(), None), _SCHEMA)
+    rows = with_note(plain, [*scores, "embedding_norm"], NOTE)
+    rows.write.partitionBy("shard").parquet(str(directory / "metadata"))
     return directory, frame[2:]
 
 
 _SCHEMA = (
     "shard string, key string, status string, width float, embedding_norm float, "
-    "other_score float, nsfw_score float, aesthetic_score float"
+    "other_score float, nsfw_score float, aesthetic_score float, image_offset bigint, "
+    "image_num_bytes bigint"
 )
 
 
@@ -536,8 +545,13 @@ def test_samples_of_score_bands_and_their_images_are_the_same_with_and_without_s
     bands = np.floor(frame["nsfw_score"].astype(float) * 10).astype(int)
     assert len(samples) == bands.value_counts().clip(upper=8).sum()
     shown = [(each.shard, each.key) for each in samples]
-    drawn = thumbnails(samples_by_shard(shown, inputs))
-    assert drawn == draw_thumbnails(spark, shown, inputs)
+    places = rows.locations(shown)
+    assert places.keys() == {*shown}
+    assert places == SparkRows(spark.read.parquet(str(directory / "metadata"))).locations(shown)
+    shards = samples_by_shard(shown, inputs, places)
+    drawn = thumbnails(shards)
+    assert drawn == draw_thumbnails(spark, shards)
+    assert drawn == thumbnails(samples_by_shard(shown, inputs, {}))
     assert [each.jpeg for each in data.thumbnails] == [drawn[sample] for sample in shown]
     assert len(drawn) == len(shown)
 

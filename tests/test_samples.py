@@ -242,11 +242,12 @@ def test_a_source_settles_columns_in_the_first_shard_that_has_any(tmp_path):
     write_shard(tmp_path / "c.tar", described({"height": 1}))
     inputs = ShardInputs.parse(tmp_path)
     ours = ["shard", "key", "status", "error_message"]
+    places = ["image_offset", "image_num_bytes"]
     for columns, own in [(None, ["width", "url", "extra_json"]), ((), []), (["url"], ["url"])]:
         names = ShardSource(inputs, columns=columns).schema().names
-        assert names == [*ours[:2], *own, *ours[2:]]
+        assert names == [*ours[:2], *own, *places, *ours[2:]]
     captions = ShardSource(inputs, SampleOptions(captions=True), ()).schema().names
-    assert captions == ["shard", "key", "caption", "status", "error_message"]
+    assert captions == ["shard", "key", "caption", *places, "status", "error_message"]
     with pytest.raises(InputError, match="no column depth"):
         ShardSource(inputs, columns=["depth"]).schema()
     settled = ShardSource(inputs).schema([pa.field("old", pa.int64())])

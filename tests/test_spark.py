@@ -205,10 +205,8 @@ def test_what_does_not_fit_is_refused_on_the_driver(spark, detector_path):
 
 def test_the_datasets_columns_pass_through(spark, shards):
     df = read_webdataset(spark, str(shards / "0000[0-2].tar"), captions=True)
-    assert df.columns == [
-        "shard", "key", "caption", "width", "height", "extra_json", "status", "error_message",
-        "image",
-    ]  # fmt: skip
+    ours = ["image_offset", "image_num_bytes", "status", "error_message", "image"]
+    assert df.columns == ["shard", "key", "caption", "width", "height", "extra_json", *ours]
     row = df.where("key = '000010003'").collect()[0]
     described = {
         sample.key: json.loads(sample.members["json"])
@@ -220,9 +218,9 @@ def test_the_datasets_columns_pass_through(spark, shards):
     )
     assert row.caption == "a photograph"
     few = read_webdataset(spark, str(shards / "00000.tar"), columns=["height"])
-    assert few.columns == ["shard", "key", "height", "status", "error_message", "image"]
+    assert few.columns == ["shard", "key", "height", *ours]
     none = read_webdataset(spark, str(shards / "00000.tar"), columns=[])
-    assert none.columns == ["shard", "key", "status", "error_message", "image"]
+    assert none.columns == ["shard", "key", *ours]
     with pytest.raises(InputError, match="no column depth"):
         read_webdataset(spark, str(shards / "00000.tar"), columns=["depth"])
 

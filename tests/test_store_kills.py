@@ -104,6 +104,53 @@ def test_drivers_killed_while_they_commit_cost_no_row(
     assert collected(spark.read.parquet(f"{place}/out")) == expected
 
 
+def test_killed_workers_leave_no_half_object(
+    spark, client, gateway, bucket, many, detector_path, configured
+):
+    upload(client, bucket, many)
+    place = f"s3a://{bucket}"
+    assert main(score(f"{place}/in", f"{place}/whole", detector_path, "--plan=fused")) == 0
+    expected = collected(spark.read.parquet(f"{place}/whole"))
+    # Spark tries a task four times.
+    tries = {"MASTER": "local[2,4]", "PYSPARK_SUBMIT_ARGS": "--master local[2,4] pyspark-shell"}
+    command = score(f"{place}/in", f"{place}/out", detector_path, "--plan=fused",
+                    "--shards-per-wave=24")  # fmt: skip
+    gateway.fail(times=None, delay_seconds=0.02)  # there is time to hit a task that writes
+    process, killed, before = begin(command, configured | tries), 0, len(gateway.requests)
+    while process.poll() is None and killed < 8:
+        writing = [r for r in gateway.requests[before:] if "/out/" in r[1] and "__magic" in r[1]
+                   and r[0] == "PUT"]  # fmt: skip
+        if len(writing) >= 6:
+            before = len(gateway.requests)
+            killed += kill_workers(process)
+        time.sleep(0.005)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said[-2000:]
+    assert killed >= 4
+    assert collected(spark.read.parquet(f"{place}/out")) == expected
+    objects = client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"]
+    files = [each["Key"] for each in objects if each["Key"].endswith(".parquet")]
+    assert len(files) == len(client_shards(client, bucket)) + 1  # and the schema's
+    assert not [each["Key"] for each in objects if "__magic" in each["Key"]]
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+def client_shards(client, bucket):
+    objects = client.list_objects_v2(Bucket=bucket, Prefix="in/")["Contents"]
+    return [each["Key"] for each in objects if each["Key"].endswith(".tar")]
+
+
+def kill_workers(process):
+    """SIGKILL for the Python workers of a driver; how many there were."""
+    killed = 0
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "spark_nsfw.spark.daemon" in each.cmdline() and not each.children():
+                each.kill()
+                killed += 1
+    return killed
+
+
 def test_two_commands_at_once_cost_no_row(
     spark, client, bucket, shards, local_rows, detector_path, configured
 ):

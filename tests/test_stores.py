@@ -154,8 +154,15 @@ def test_every_command_works_on_s3(
     assert len(gateway.requests) - before < 100
 
     page = tmp_path / "report.html"
+    before = len(gateway.ranges("/in/"))
     assert main(["report", f"{place}/out", "-o", str(page), "--shards", f"{place}/in"]) == 0
-    assert page.read_text("utf-8").count('<img alt="sample') > 0
+    num_shown = page.read_text("utf-8").count('<img alt="sample')
+    assert num_shown > 0
+    asked = gateway.ranges("/in/")[before:]
+    images = spark.read.parquet(f"s3a://{bucket}/out").select("image_offset", "image_num_bytes")
+    ranges = {f"bytes={at - 512}-{at + size - 1}" for at, size in images.collect()}
+    assert len(asked) == num_shown
+    assert {*asked} <= ranges
     assert main(["inspect", f"{place}/out", "--json"]) == 0
     export = ["export", f"{place}/out", f"{place}/clean", "--shards", f"{place}/in"]
     assert main([*export, "--where", "nsfw_score >= 0"]) == 0

@@ -114,7 +114,9 @@ def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportD
         return data
     from spark_nsfw.use.thumbnails import samples_by_shard, thumbnails
 
-    return with_images(data, thumbnails(samples_by_shard(samples_shown(data), inputs)))
+    shown = samples_shown(data)
+    shards = samples_by_shard(shown, inputs, rows.locations(shown))
+    return with_images(data, thumbnails(shards))
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -159,7 +159,7 @@ class EmbeddingSource:
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:
         """The columns of its rows, without the embedding."""
-        schema = sample_schema(passthrough=self.own if own is None else own)
+        schema = sample_schema(passthrough=self.own if own is None else own, locations=False)
         return schema.remove(schema.get_field_index(IMAGE))
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pyarrow.fs import FileType
 
 from spark_nsfw.errors import InputError, NothingToReadError, StorageError
-from spark_nsfw.files import FileEntry, is_hidden, iter_files
+from spark_nsfw.files import FileEntry, exists, is_hidden, iter_files
 from spark_nsfw.read.patterns import PathPattern, is_pattern, refuse_backwards
 from spark_nsfw.read.source import Unit
 from spark_nsfw.storage import hadoop_path, is_below, on_store, path_below, resolve
@@ -81,6 +81,18 @@ class ShardInputs:
                 return name[end + 1 :].removesuffix(".tar")
             end = name.rfind("/", 0, end)
         raise InputError(f"{path} is below none of the inputs {', '.join(self.roots)}")
+
+    def place_of(self, name: str) -> str:
+        """The path or URL of the shard of a name, `shard_name`, without listing any.
+
+        Raises:
+            StorageError: it cannot be found out now.
+        """
+        places = [f"{self.filesystem}{root}{name}.tar" for root in self.roots]
+        fitting = [place for place in places if self.shard_name(place) == name]
+        if len(fitting) == 1:
+            return fitting[0]
+        return next((place for place in fitting if exists(place)), fitting[0])
 
     def list_units(self) -> list[Unit]:
         """A unit for each shard that is there now, sorted by name.

@@ -24,7 +24,7 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Sample, iter_samples
-from spark_nsfw.schema import IMAGE, Status, sample_schema
+from spark_nsfw.schema import IMAGE, IMAGE_OFFSET, LOCATION_COLUMNS, Status, sample_schema
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -50,6 +50,7 @@ class SampleOptions:
         id_col: the column of sidecar and JSON that holds the sample id.
         passthrough: the dataset's own columns, from `infer_passthrough`.
         max_image_bytes: larger members make a row with status ``member_oversized``.
+        locations: tell where in its shard each image lies.
         images: read the images; without them the column ``image`` is null.
         batch_rows: rows in an Arrow batch, at most.
         batch_bytes: image bytes in an Arrow batch after which it is closed.
@@ -60,6 +61,7 @@ class SampleOptions:
     id_col: str = "key"
     passthrough: tuple[pa.Field, ...] = ()
     max_image_bytes: int = MAX_MEMBER_BYTES
+    locations: bool = True
     images: bool = True
     batch_rows: int = 256
     batch_bytes: int = 32 << 20
@@ -71,7 +73,9 @@ class SampleOptions:
     @property
     def schema(self) -> pa.Schema:
         """The schema of the batches, `spark_nsfw.schema.sample_schema`."""
-        return sample_schema(captions=self.captions, passthrough=self.passthrough)
+        return sample_schema(
+            captions=self.captions, passthrough=self.passthrough, locations=self.locations
+        )
 
     def wants(self, extension: str) -> bool:
         """Whether members with this extension need to be read."""
@@ -91,6 +95,7 @@ class _Rows:
     descriptions: list[Description] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)
     messages: list[str | None] = field(default_factory=list)
+    locations: list[tuple[int | None, int | None]] = field(default_factory=list)
     images: list[bytes | None] = field(default_factory=list)
     num_bytes: int = 0
 
@@ -155,6 +160,7 @@ def _append(rows: _Rows, sample: Sample, options: SampleOptions) -> None:
     rows.descriptions.append(description)
     rows.statuses.append(sample.status.value)
     rows.messages.append(sample.error_message or description.problem)
+    rows.locations.append(sample.locations.get(extension or "", (None, None)))
     rows.images.append(image)
     rows.num_bytes += len(image or b"")
 
@@ -167,6 +173,8 @@ def _record_batch(
     if options.captions:
         arrays.append(pa.array(rows.captions, pa.string()))
     arrays += passthrough_arrays(options.passthrough, rows.keys, rows.descriptions, sidecar)
+    if options.locations:
+        arrays += [pa.array(numbers, pa.int64()) for numbers in zip(*rows.locations, strict=True)]
     arrays.append(pa.array(rows.statuses, pa.string()))
     arrays.append(pa.array(rows.messages, pa.string()))
     return pa.RecordBatch.from_arrays(arrays, schema=_without_image(options.schema))
@@ -224,12 +232,14 @@ class ShardSource:
         Empty and damaged shards have no columns of their own, so the first few are tried.
 
         Args:
-            own: the dataset's own columns, if they are known.
+            own: the dataset's own columns, if they are known, and those of images' locations if
+                they are wanted then.
             units: the shards, if they have been listed already.
 
         Raises:
             InputError: a column that was asked for is not there, or no sidecar can be used.
         """
+        locations = own is None or {*LOCATION_COLUMNS} <= {column.name for column in own}
         if own is None and self.columns is not None and not self.columns:
             own = ()
         if own is None:
@@ -241,7 +251,12 @@ class ShardSource:
                 )
             except ShardUnreadableError as exc:
                 raise InputError(str(exc)) from exc
-        return _without_image(sample_schema(captions=self.options.captions, passthrough=own))
+        passthrough = [column for column in own if column.name not in LOCATION_COLUMNS]
+        return _without_image(
+            sample_schema(
+                captions=self.options.captions, passthrough=passthrough, locations=locations
+            )
+        )
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
         """The samples of a shard, each batch with its rows' encoded images.
@@ -252,7 +267,8 @@ class ShardSource:
         """
         ours = sample_schema(captions=self.options.captions).names
         own = tuple(column for column in schema if column.name not in ours)
-        return iter_sample_rows([(unit.place, unit.name)], replace(self.options, passthrough=own))
+        options = replace(self.options, passthrough=own, locations=IMAGE_OFFSET in schema.names)
+        return iter_sample_rows([(unit.place, unit.name)], options)
 
 
 def _without_image(schema: pa.Schema) -> pa.Schema:

@@ -57,6 +57,8 @@ class Sample:
         key: None in the one sample that stands for a fault of the shard itself.
         members: content by extension, of the extensions that were asked for.
         extensions: every extension the sample has, read or not.
+        locations: by extension, where a member's content begins in the tar and its length, in
+            bytes; of plain members that are there whole.
         status: other than ``ok`` when the sample cannot be used as it is.
         error_message: why, for a person.
     """
@@ -64,6 +66,7 @@ class Sample:
     key: str | None
     members: dict[str, bytes] = field(default_factory=dict)
     extensions: list[str] = field(default_factory=list)
+    locations: dict[str, tuple[int, int]] = field(default_factory=dict)
     status: Status = Status.OK
     error_message: str | None = None
 
@@ -275,3 +278,6 @@ def _add_member(sample: Sample, extension: str, member: Member) -> None:
     elif member.content is not None:
         sample.members[extension] = member.content
     sample.extensions.append(extension)
+    header = member.header
+    if header.isreg() and not header.issparse() and member.status is not Status.MEMBER_TRUNCATED:
+        sample.locations.setdefault(extension, (header.offset_data, header.size))

@@ -21,6 +21,7 @@ from spark_nsfw.schema import (
     CAPTION,
     CONTRACT_COLUMNS,
     EXTRA_JSON,
+    LOCATION_COLUMNS,
     SCHEMA_PARTITION,
     SHARD,
     metadata_schema,
@@ -190,8 +191,8 @@ def _begin(
 
 
 def _own_columns(existing: StructType, recipe: Recipe, note: dict[str, Any]) -> list[pa.Field]:
-    """The dataset's own columns as the first run settled them."""
-    ours = {*CONTRACT_COLUMNS, *recipe.result_columns} - {EXTRA_JSON}
+    """The dataset's own columns as the first run settled them, and those of images' locations."""
+    ours = {*CONTRACT_COLUMNS, *recipe.result_columns} - {EXTRA_JSON, *LOCATION_COLUMNS}
     if note["rows"].get("captions"):
         ours.add(CAPTION)
     return [field for field in arrow_schema(existing) if field.name not in ours]

@@ -39,7 +39,8 @@ def read_webdataset(
         max_image_bytes: larger members give a row with status ``member_oversized``.
 
     Returns:
-        Columns ``shard``, ``key``, [``caption``], the dataset's own columns, ``status``,
+        Columns ``shard``, ``key``, [``caption``], the dataset's own columns, ``image_offset`` and
+        ``image_num_bytes`` (bigint, where in its shard the encoded image lies), ``status``,
         ``error_message``, ``image`` (binary, null unless ``status`` is ``ok``).
 
     Raises:

@@ -16,7 +16,7 @@ from pyspark.sql.window import Window
 
 from spark_nsfw.note import PROVENANCE, inspect_output
 from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.schema import KEY, SHARD, STATUS, Status
+from spark_nsfw.schema import KEY, LOCATION_COLUMNS, SHARD, STATUS, Status
 from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.stores import adopt_stores
 from spark_nsfw.spark.thumbnails import draw_thumbnails
@@ -25,6 +25,7 @@ from spark_nsfw.use.agreement import Decisions
 from spark_nsfw.use.collect import collect, samples_shown, with_images
 from spark_nsfw.use.report import NUM_BANDS, NUM_BINS, ReportData, ShardCounts, Thumbnail
 from spark_nsfw.use.thresholds import MAX_EXACT_SCORES
+from spark_nsfw.use.thumbnails import samples_by_shard
 
 __all__ = ["SparkRows", "collect_report"]
 
@@ -59,8 +60,9 @@ def collect_report(
     """
     adopt_stores(spark)
     metadata = absolute(metadata)
+    rows = SparkRows(spark.read.parquet(metadata))
     data = collect(
-        SparkRows(spark.read.parquet(metadata)),
+        rows,
         metadata,
         list(inspect_output(metadata)) if notes is None else notes,
         score_column=score_column,
@@ -72,7 +74,9 @@ def collect_report(
     )
     if inputs is None:
         return data
-    return with_images(data, draw_thumbnails(spark, samples_shown(data), inputs))
+    shown = samples_shown(data)
+    shards = samples_by_shard(shown, inputs, rows.locations(shown))
+    return with_images(data, draw_thumbnails(spark, shards))
 
 
 class SparkRows:
@@ -178,6 +182,22 @@ class SparkRows:
             .orderBy("score", SHARD, KEY)
         )
         return [Thumbnail(row[SHARD], row[KEY], row["score"], None) for row in chosen.collect()]
+
+    def locations(
+        self, samples: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[int, int]]:
+        """As `ReportRows.locations`."""
+        if not {*LOCATION_COLUMNS} <= {*self._rows.columns}:
+            return {}
+        shards, keys = ({sample[i] for sample in samples} for i in (0, 1))
+        rows = self._rows.where(
+            F.col(SHARD).isin(*shards) & F.col(KEY).isin(*keys) & (F.col(STATUS) == Status.OK.value)
+        )
+        found = {
+            (row[0], row[1]): (row[2], row[3])
+            for row in rows.select(SHARD, KEY, *LOCATION_COLUMNS).collect()
+        }
+        return {sample: found[sample] for sample in samples if sample in found}
 
     def decisions(self, first: tuple[str, float], second: tuple[str, float]) -> Decisions:
         """As `ReportRows.decisions`."""

@@ -11,7 +11,14 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from spark_nsfw.errors import InputError
-from spark_nsfw.schema import ERROR_MESSAGE, KEY, SCHEMA_PARTITION, SHARD, STATUS
+from spark_nsfw.schema import (
+    ERROR_MESSAGE,
+    KEY,
+    LOCATION_COLUMNS,
+    SCHEMA_PARTITION,
+    SHARD,
+    STATUS,
+)
 from spark_nsfw.spark.output import ParquetOutput
 from spark_nsfw.spark.types import quoted
 from spark_nsfw.use.export_output import selection_directory
@@ -27,6 +34,8 @@ def kept_columns(
     rows: DataFrame, columns: Sequence[str] | None, options: ExportOptions
 ) -> list[str]:
     """The columns that go into the sidecars, in the order of the rows.
+
+    Where images lay in their shards does not, unless it is asked for: they lie elsewhere now.
 
     Raises:
         InputError: the rows are no metadata, or lack a column that is wanted.
@@ -51,7 +60,8 @@ def kept_columns(
             "old keys (old_id_col)"
         )
     always = {*_OURS, options.id_col, SOURCE_SHARD}
-    return [name for name in rows.columns if columns is None or name in always | {*columns}]
+    wanted = {*rows.columns} - {*LOCATION_COLUMNS} if columns is None else {*columns}
+    return [name for name in rows.columns if name in always | wanted]
 
 
 def freeze(rows: DataFrame, output: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
-from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.spark.stores import on_workers
-from spark_nsfw.use.thumbnails import iter_thumbnails, samples_by_shard
+from spark_nsfw.use.thumbnails import ShardSamples, iter_thumbnails
 
 __all__ = ["draw_thumbnails"]
 
 
 def draw_thumbnails(
-    spark: SparkSession, samples: Iterable[tuple[str, str]], inputs: ShardInputs
+    spark: SparkSession, shards: Sequence[ShardSamples]
 ) -> dict[tuple[str, str], bytes]:
-    """JPEGs of those images that can still be read, by shard and key; a shard is read once.
+    """JPEGs of those images that can still be read, by shard and key.
 
     Args:
         spark: classic or Connect.
-        samples: shard and key of each.
-        inputs: where the shards are.
-
-    Raises:
-        InputError: a shard is not among the inputs.
+        shards: from `samples_by_shard`.
     """
-    shards = samples_by_shard(samples, inputs)
-    tasks = spark.createDataFrame(shards, "shard string, url string, keys array<string>")
+    samples = "array<struct<key: string, offset: bigint, num_bytes: bigint>>"
+    tasks = spark.createDataFrame(shards, f"shard string, url string, samples {samples}")
     found = tasks.repartition(max(1, len(shards))).mapInArrow(
         on_workers(_draw), "shard string, key string, jpeg binary"
     )
@@ -36,10 +31,11 @@ def draw_thumbnails(
 
 
 def _draw(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Shards and keys → thumbnails of those images that can still be read."""
+    """Shards and samples → thumbnails of those images that can still be read."""
     for batch in batches:
         for row in batch.to_pylist():
-            found = dict(iter_thumbnails(row["url"], row["keys"]))
+            samples = [(each["key"], each["offset"], each["num_bytes"]) for each in row["samples"]]
+            found = dict(iter_thumbnails(row["url"], samples))
             arrays = [
                 pa.array([row["shard"]] * len(found), pa.string()),
                 pa.array(found.keys(), pa.string()),

@@ -106,6 +106,18 @@ class ReportRows(Protocol):
     def band_samples(self, column: str, low: float, high: float, number: int) -> list[Thumbnail]:
         """Up to ``number`` samples of every score band, by score, the same ones every time."""
 
+    def locations(
+        self, samples: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[int, int]]:
+        """Where the images of samples begin in their shards, and their bytes.
+
+        Args:
+            samples: shard and key of each.
+
+        Returns:
+            Those that are known, by shard and key.
+        """
+
     def decisions(self, first: tuple[str, float], second: tuple[str, float]) -> Decisions:
         """How two columns decide at a threshold each."""
 

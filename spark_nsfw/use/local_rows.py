@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 from pyarrow import fs
 
 from spark_nsfw.note import PROVENANCE, Footer
-from spark_nsfw.schema import KEY, SHARD, STATUS, Status
+from spark_nsfw.schema import KEY, LOCATION_COLUMNS, SHARD, STATUS, Status
 from spark_nsfw.storage import resolve
 from spark_nsfw.use.agreement import Decisions
 from spark_nsfw.use.collect import DEFAULT_SCORE
@@ -63,7 +63,8 @@ def _read(
     for name in (score_column, label_column):
         if name in dataset.schema.names and not _is_number(dataset.schema.field(name).type):
             return None  # what is true among texts is for Spark to say
-    wanted = {SHARD, KEY, STATUS, DEFAULT_SCORE, *rows.noted_fractions, score_column, label_column}
+    wanted = {SHARD, KEY, STATUS, *LOCATION_COLUMNS, DEFAULT_SCORE, *rows.noted_fractions}
+    wanted |= {name for name in (score_column, label_column) if name is not None}
     return LocalRows(
         dataset.schema, dataset.to_table([name for name in dataset.schema.names if name in wanted])
     )
@@ -75,7 +76,7 @@ class LocalRows:
 
     Attributes:
         schema: of the output, with the metadata of its Parquet files.
-        table: shard, key, status, and the columns that are counted.
+        table: shard, key, status, where images lie, and the columns that are counted.
     """
 
     schema: pa.Schema
@@ -188,6 +189,22 @@ class LocalRows:
             Thumbnail(str(row.shard), str(row.key), float(row.score), None)
             for row in ordered.itertuples()
         ]
+
+    def locations(
+        self, samples: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[int, int]]:
+        """As `ReportRows.locations`."""
+        if not {*LOCATION_COLUMNS} <= {*self.table.column_names}:
+            return {}
+        of_shards = pc.is_in(self.table[SHARD], pa.array({shard for shard, _ in samples}))
+        of_keys = pc.is_in(self.table[KEY], pa.array({key for _, key in samples}))
+        is_ok = pc.equal(self.table[STATUS], Status.OK.value)
+        rows = self.table.filter(pc.and_(is_ok, pc.and_(of_shards, of_keys)))
+        columns = [rows[name].to_pylist() for name in (SHARD, KEY, *LOCATION_COLUMNS)]
+        found = {
+            (shard, key): (offset, size) for shard, key, offset, size in zip(*columns, strict=True)
+        }
+        return {sample: found[sample] for sample in samples if sample in found}
 
     def decisions(self, first: tuple[str, float], second: tuple[str, float]) -> Decisions:
         """As `ReportRows.decisions`."""
