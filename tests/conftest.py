@@ -21,6 +21,8 @@ from examples.photographs import (
 from spark_nsfw import NsfwClassifier, TimmImageEmbedder
 from spark_nsfw import storage as storage_module
 
+pytest_plugins = ["s3_fixtures"]
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -405,6 +405,7 @@ def test_clean_shards_have_the_bytes_of_what_was_selected(
     for path in (tmp_path / "out").glob("*.tar"):
         sidecar = pd.read_parquet(path.with_suffix(".parquet"))
         assert sidecar["key"].tolist() == list(samples_of(path))
+        assert {*frame.columns} - {*sidecar.columns} == {"image_offset", "image_num_bytes"}
         rows = frame[frame["shard"] == path.stem].set_index("key").loc[sidecar["key"]]
         assert sidecar["nsfw_score"].tolist() == rows["nsfw_score"].tolist()
         assert np.array_equal(

@@ -99,6 +99,14 @@ def test_what_is_not_there_whole_has_no_place(tmp_path, jpegs):
     assert (shard["key"], locations(shard)) == (None, (None, None))
 
 
+def test_an_image_at_the_very_end_of_a_file_is_read(tmp_path, jpegs):
+    path = tmp_path / "s.tar"
+    write_shard(path, [("a", [("jpg", jpegs[0])])])
+    (row,) = rows_of(tmp_path, "s")
+    path.write_bytes(path.read_bytes()[: 512 + len(jpegs[0])])
+    assert read_image(row, tmp_path) == jpegs[0]
+
+
 def test_of_two_members_with_one_extension_the_first_is_told(tmp_path, jpegs):
     write_shard(tmp_path / "s.tar", [("a", [("jpg", jpegs[0]), ("jpg", jpegs[1])])])
     (row,) = rows_of(tmp_path, "s")
@@ -199,6 +207,8 @@ def test_of_several_roots_the_one_that_has_the_shard_is_taken(tmp_path, jpegs):
     assert [unit.name for unit in inputs.list_units()] == ["a", "b", "c"]
     # Nobody has it: whichever is named does not exist.
     assert inputs.place_of("d").endswith("/d.tar")
+    # It would be shard c, since names begin below the longest root.
+    assert inputs.place_of("deep/c") != str(tmp_path / "two" / "deep" / "c.tar")
 
 
 # Schemas

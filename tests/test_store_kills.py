@@ -1,7 +1,5 @@
 """Commands on S3 that are killed, and two at once: the rows stay the same. ``make test-stores``."""
 
-# ruff: noqa: F811  # fixtures are arguments
-
 import os
 import random
 import subprocess
@@ -11,26 +9,22 @@ from contextlib import suppress
 
 import psutil
 import pytest
+from s3_fixtures import NEEDS_S3, score, upload
 from stores import SECRET_KEY
 from test_spark import collected
-from test_stores import (  # noqa: F401  # fixtures
-    bucket,
-    client,
-    gateway,
-    local_rows,
-    pytestmark,
-    s3a_settings,
-    score,
-    shards,
-    spark,
-    upload,
-)
 
 from examples.photographs import write_photograph_shards
 from spark_nsfw.cli import main
 from spark_nsfw.use.metadata import MetadataFiles
 
+pytestmark = NEEDS_S3
+
 KILLS = 20
+
+
+@pytest.fixture(scope="session")
+def spark(s3_spark):
+    return s3_spark
 
 
 @pytest.fixture(scope="session")
@@ -145,16 +139,19 @@ def kill_workers(process):
     killed = 0
     for each in psutil.Process(process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "spark_nsfw.spark.daemon" in each.cmdline() and not each.children():
+            is_python = [
+                p.cmdline()[1:3] == ["-m", "pyspark.daemon"] for p in (each, each.parent())
+            ]
+            if all(is_python):  # forked by the daemon
                 each.kill()
                 killed += 1
     return killed
 
 
 def test_two_commands_at_once_cost_no_row(
-    spark, client, bucket, shards, local_rows, detector_path, configured
+    spark, client, bucket, s3_shards, s3_rows, detector_path, configured
 ):
-    upload(client, bucket, shards)
+    upload(client, bucket, s3_shards)
     place = f"s3a://{bucket}"
     command = score(f"{place}/in", f"{place}/out", detector_path, "--shards-per-wave=2")
     runs = [begin(command, configured) for _ in range(2)]
@@ -163,4 +160,4 @@ def test_two_commands_at_once_cost_no_row(
         assert run.returncode == 0, said[-2000:]
         assert SECRET_KEY not in said
     assert main(command) == 0
-    assert collected(spark.read.parquet(f"{place}/out")) == local_rows
+    assert collected(spark.read.parquet(f"{place}/out")) == s3_rows

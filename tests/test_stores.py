@@ -2,131 +2,25 @@
 
 import io
 import json
-import os
 import re
-import sys
 import time
-import uuid
-from pathlib import Path
 
-import boto3
 import pyarrow.parquet as pq
-import pyspark
 import pytest
-from faulty_proxy import FaultyProxy
-from stores import ACCESS_KEY, SECRET_KEY, program, versitygw
+from s3_fixtures import NEEDS_S3, score, upload
+from stores import ACCESS_KEY, SECRET_KEY
 from test_spark import collected
 
-from examples.photographs import write_photograph_shards
 from spark_nsfw.cli import main
 from spark_nsfw.note import inspect_output
 from spark_nsfw.use.metadata import MetadataFiles
 
-pytestmark = [
-    pytest.mark.stores,
-    pytest.mark.skipif(program("bin/versitygw") is None, reason="no versitygw: no Go here?"),
-]
-
-#: Hadoop's version in each Spark.
-HADOOP = {"3.5": "3.3.4", "4.0": "3.4.1", "4.1": "3.4.2"}
-SCALA = "2.12" if pyspark.__version__ < "4" else "2.13"
-S3A = f"org.apache.hadoop:hadoop-aws:{HADOOP[pyspark.__version__[:3]]}"
-CLOUD = f"org.apache.spark:spark-hadoop-cloud_{SCALA}:{pyspark.__version__}"
+pytestmark = NEEDS_S3
 
 
 @pytest.fixture(scope="session")
-def gateway(tmp_path_factory):
-    """A real S3 server behind a proxy."""
-    directory = tmp_path_factory.mktemp("s3")
-    with versitygw(directory / "buckets", directory / "log") as url, FaultyProxy(url) as proxy:
-        yield proxy
-
-
-@pytest.fixture(scope="session")
-def s3a_settings(gateway):
-    return {
-        "spark.jars.packages": f"{S3A},{CLOUD}",
-        "spark.hadoop.fs.s3a.endpoint": gateway.url,
-        "spark.hadoop.fs.s3a.endpoint.region": "us-east-1",
-        "spark.hadoop.fs.s3a.path.style.access": "true",
-        "spark.hadoop.fs.s3a.access.key": ACCESS_KEY,
-        "spark.hadoop.fs.s3a.secret.key": SECRET_KEY,
-        "spark.hadoop.fs.s3a.attempts.maximum": "5",
-        "spark.hadoop.fs.s3a.retry.interval": "50ms",
-    }
-
-
-@pytest.fixture(scope="session")
-def spark(s3a_settings, weights_cache):
-    """A session whose settings alone say where S3 is."""
-    from pyspark.sql import SparkSession
-
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[name]
-    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # nobody is asked who is not there
-    os.environ["PYSPARK_PYTHON"] = sys.executable
-    os.environ["SPARK_NSFW_CACHE"] = str(weights_cache)
-    builder = SparkSession.builder.master("local[2]").appName("tests")
-    more = {
-        "spark.ui.enabled": "false",
-        "spark.python.daemon.module": "spark_nsfw.spark.daemon",
-        "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1",
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.shuffle.partitions": "2",
-    }
-    for name, value in (s3a_settings | more).items():
-        builder = builder.config(name, value)
-    session = builder.getOrCreate()
-    session.sparkContext.setLogLevel("OFF")
-    yield session
-    session.stop()
-
-
-@pytest.fixture(scope="session")
-def client(gateway):
-    return boto3.client(
-        "s3",
-        endpoint_url=gateway._target and f"http://{gateway._target}",
-        aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
-        region_name="us-east-1",
-    )
-
-
-@pytest.fixture
-def bucket(client, gateway, request):
-    """A new bucket; the proxy works again after each test."""
-    test = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))
-    name = f"{test[:40].strip('-')}-{uuid.uuid4().hex[:8]}"
-    client.create_bucket(Bucket=name)
-    gateway.requests.clear()
-    yield name
-    gateway.mend()
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("in")
-    write_photograph_shards(directory, num_shards=4, samples_per_shard=6)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def local_rows(spark, shards, detector_path, tmp_path_factory):
-    """The rows of the same shards on a local disk."""
-    output = tmp_path_factory.mktemp("local") / "out"
-    assert main(score(shards, output, detector_path)) == 0
-    return collected(spark.read.parquet(str(output)))
-
-
-def score(source, output, detector, *more):
-    return ["score", str(source), str(output), "--model=test_vit", "--embedding-size=768",
-            "--no-pretrained", f"--detector=laion={detector}", *more]  # fmt: skip
-
-
-def upload(client, bucket, directory, prefix="in"):
-    for path in sorted(Path(directory).rglob("*.tar")):
-        client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(directory)}")
+def spark(s3_spark):
+    return s3_spark
 
 
 def keys(client, bucket):
@@ -136,13 +30,13 @@ def keys(client, bucket):
 
 @pytest.mark.parametrize("scheme", ["s3a", "s3"])
 def test_every_command_works_on_s3(
-    spark, client, gateway, bucket, shards, local_rows, detector_path, tmp_path, capsys, scheme
+    spark, client, gateway, bucket, s3_shards, s3_rows, detector_path, tmp_path, capsys, scheme
 ):
-    upload(client, bucket, shards)
+    upload(client, bucket, s3_shards)
     place = f"{scheme}://{bucket}"
     assert main(score(f"{place}/in", f"{place}/out", detector_path)) == 0
     told = capsys.readouterr()
-    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == local_rows
+    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == s3_rows
     found = keys(client, bucket)
     # The magic committer: files appear where they belong, and nothing is left of its work.
     assert not [key for key in found if "__magic" in key or "_temporary" in key]
@@ -212,25 +106,25 @@ PASSING = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_what_passes_costs_no_row(
-    spark, client, gateway, bucket, shards, local_rows, detector_path, name
+    spark, client, gateway, bucket, s3_shards, s3_rows, detector_path, name
 ):
-    upload(client, bucket, shards)
+    upload(client, bucket, s3_shards)
     fault = gateway.fail(**PASSING[name])
     assert main(score(f"s3a://{bucket}/in", f"s3a://{bucket}/out", detector_path)) == 0
     assert fault.num_failed > 0
-    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == local_rows
+    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == s3_rows
 
 
 @pytest.mark.parametrize("tenth", range(10))
 def test_a_connection_cut_in_a_shard_costs_no_row(
-    spark, client, gateway, bucket, shards, local_rows, detector_path, tenth
+    spark, client, gateway, bucket, s3_shards, s3_rows, detector_path, tenth
 ):
-    upload(client, bucket, shards)
-    size = (shards / "00001.tar").stat().st_size
+    upload(client, bucket, s3_shards)
+    size = (s3_shards / "00001.tar").stat().st_size
     fault = gateway.fail("GET", SHARD, times=1, cut_after=size * tenth // 10)
     assert main(score(f"s3a://{bucket}/in", f"s3a://{bucket}/out", detector_path)) == 0
     assert fault.num_failed == 1
-    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == local_rows
+    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == s3_rows
 
 
 #: Faults that last, and what is said of them.
@@ -247,9 +141,9 @@ LASTING = {
 
 @pytest.mark.parametrize("name", LASTING)
 def test_what_lasts_is_told_in_a_line_and_mended_by_running_again(
-    spark, client, gateway, bucket, shards, local_rows, detector_path, capsys, name
+    spark, client, gateway, bucket, s3_shards, s3_rows, detector_path, capsys, name
 ):
-    upload(client, bucket, shards)
+    upload(client, bucket, s3_shards)
     fault, said = LASTING[name]
     gateway.fail(**fault, times=None)
     command = score(f"s3a://{bucket}/in", f"s3a://{bucket}/out", detector_path)
@@ -266,7 +160,7 @@ def test_what_lasts_is_told_in_a_line_and_mended_by_running_again(
     if name != "an expired token":
         assert not done
     assert main(command) == 0
-    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == local_rows
+    assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == s3_rows
 
 
 #: Places that cannot work, and what is said of them.
@@ -280,9 +174,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_told_soon(
-    spark, client, gateway, bucket, shards, detector_path, capsys, name
+    spark, client, gateway, bucket, s3_shards, detector_path, capsys, name
 ):
-    upload(client, bucket, shards)
+    upload(client, bucket, s3_shards)
     place, fault, said = REFUSED[name]
     if fault:
         gateway.fail(**fault, times=None, status=403)
@@ -294,7 +188,7 @@ def test_what_cannot_work_is_told_soon(
     assert re.search(said, line), line
 
 
-def test_a_mistyped_endpoint_is_told_soon(spark, client, bucket, shards, detector_path, capsys):
+def test_a_mistyped_endpoint_is_told_soon(spark, client, bucket, s3_shards, detector_path, capsys):
     spark.conf.set("fs.s3a.bucket.mistyped.endpoint", "http://127.0.0.1:9")
     began = time.monotonic()
     try:
