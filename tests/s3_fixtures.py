@@ -24,6 +24,9 @@ NEEDS_S3 = [
 #: Hadoop's version in each Spark.
 HADOOP = {"3.5": "3.3.4", "4.0": "3.4.1", "4.1": "3.4.2"}
 
+#: Of a Spark that has no spark-hadoop-cloud of its own version, the next one's.
+CLOUD = {"4.0.3": "4.0.2"}
+
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory):
@@ -40,7 +43,7 @@ def s3a_settings(gateway):
     scala = "2.12" if version < "4" else "2.13"
     packages = [
         f"org.apache.hadoop:hadoop-aws:{HADOOP[version[:3]]}",
-        f"org.apache.spark:spark-hadoop-cloud_{scala}:{version}",
+        f"org.apache.spark:spark-hadoop-cloud_{scala}:{CLOUD.get(version, version)}",
     ]
     return {
         "spark.jars.packages": ",".join(packages),

@@ -17,3 +17,11 @@ def score_into(
     return run_job(
         spark, source, recipe, str(output), options=JobOptions(**options), report=report, stop=stop
     )
+
+
+def run_into(spark, source, output, embedder, *, plan="fused", **options):
+    """As `score_into`, of any source, and without a word."""
+    return run_job(
+        spark, source, Recipe.of(embedder), str(output),
+        options=JobOptions(plan=plan, **options), report=lambda _: None,
+    )  # fmt: skip

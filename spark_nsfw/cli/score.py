@@ -1,9 +1,10 @@
-"""``spark-nsfw score``: shards → Parquet metadata."""
+"""``spark-nsfw score``: images → Parquet metadata."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spark_nsfw.cli.arguments import (
@@ -16,9 +17,10 @@ from spark_nsfw.cli.arguments import (
 from spark_nsfw.cli.exit_status import status_of
 from spark_nsfw.cli.parser import at_least_one, device, seconds
 from spark_nsfw.cli.signals import stop_at_signals
-from spark_nsfw.errors import InputError
+from spark_nsfw.errors import InputError, NothingToReadError
 
 if TYPE_CHECKING:
+    from spark_nsfw.read.source import Source
     from spark_nsfw.score.recipe import Recipe
 
 __all__ = ["add_parser"]
@@ -28,10 +30,10 @@ def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "score",
-        help="score every image of some shards into Parquet",
-        description="Score every image of WebDataset shards with CLIP and LAION's NSFW detector, "
-        "or with others, and write Parquet metadata partitioned by shard. Run a stopped command "
-        "again to continue where it stopped.",
+        help="score every image of some shards, tables or folders into Parquet",
+        description="Score every image of WebDataset shards, Parquet files or folders with "
+        "CLIP and LAION's NSFW detector, or with others, and write Parquet metadata partitioned by "
+        "shard. Run a stopped command again to continue where it stopped.",
         epilog="Exit status: 0 done; 1 failed; 2 bad arguments; 3 done, but more samples and "
         "shards failed than --max-failed allows, or a shard was set aside, or nothing could be "
         "scored; 4 stopped: run the same command again to go on.",
@@ -44,7 +46,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         nargs="+",
-        help="directory, .tar file, glob or brace range such as 'shards/{00000..00099}.tar'; "
+        help="directory, file, glob or brace range such as 'shards/{00000..00099}.tar'; "
         "several may be given",
     )
     parser.add_argument("output", help="directory for the Parquet metadata")
@@ -166,7 +168,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     rows = parser.add_argument_group("rows")
     rows.add_argument(
-        "--id-col", default="key", help="sample id in sidecars and JSON (default: %(default)s)"
+        "--input-format",
+        choices=["webdataset", "parquet", "files"],
+        help="tar shards, Parquet files with a column of images, or image files (default: the "
+        "first of these that lies there)",
+    )
+    rows.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of Parquet: encoded images, struct<bytes, path>, or paths of files (default: the "
+        "column that holds images)",
+    )
+    rows.add_argument(
+        "--id-col",
+        metavar="NAME",
+        help="sample id in sidecars, JSON and Parquet (default: key; the number of the row in a "
+        "Parquet file without)",
     )
     rows.add_argument(
         "--columns",
@@ -191,19 +208,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     # Imported here, so that `--help` waits for nothing.
-    from spark_nsfw.read.paths import ShardInputs
-    from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
     from spark_nsfw.use.metadata import MetadataFiles, refuse_names, refuse_place
 
-    source = ShardSource(
-        ShardInputs.parse(options.input),
-        SampleOptions(
-            image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
-            captions=options.captions,
-            id_col=options.id_col,
-        ),
-        names(options.columns),
-    )
+    source = _source(options)
     output = MetadataFiles.at(options.output)
     refuse_place(output.url, source)
     if not options.watch:
@@ -240,6 +247,26 @@ def _run(options: argparse.Namespace) -> int:
         summary = run_job(spark, source, recipe, output.url, options=job, stop=stop)
     print(summary)
     return status_of(summary, options.max_failed)
+
+
+def _source(options: argparse.Namespace) -> Source:
+    from spark_nsfw.read.inputs import InputOptions, open_source
+    from spark_nsfw.read.shards import IMAGE_EXTENSIONS
+
+    asked = InputOptions(
+        format=options.input_format,
+        image_column=options.image_column,
+        id_col=options.id_col,
+        columns=names(options.columns),
+        captions=options.captions,
+        image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
+    )
+    try:
+        return open_source(options.input, asked)
+    except NothingToReadError:
+        if not options.watch or options.input_format is not None:
+            raise
+        return open_source(options.input, replace(asked, format="webdataset"))  # it will come
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -11,12 +11,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, NothingToReadError, ShardUnreadableError, StorageError
 from spark_nsfw.note import note_in
 from spark_nsfw.read.layouts import PARTITION, EmbeddingFile, embedding_files, files_of
 from spark_nsfw.read.naming import output_name, spark_type
+from spark_nsfw.read.parquet import footer, iter_batches, merged_schema, open_parquet, widened
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
@@ -83,11 +83,11 @@ class EmbeddingSource:
         if id_col is None:
             id_col = KEY if files[0].npy is None else "image_path"
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(_footer, (file.parquet for file in files)))
-        footers = [footer for footer in found if footer is not None]
+            found = list(pool.map(footer, (file.parquet for file in files)))
+        footers = [each for each in found if each is not None]
         if not footers:
             raise InputError(f"{metadata}: none of its Parquet files can be read")
-        merged = _merged_schema(files, found)
+        merged = merged_schema([file.parquet for file in files], found)
         for name in (id_col, *([] if files[0].npy else [embedding_column])):
             if name not in merged.names:
                 raise InputError(
@@ -95,7 +95,7 @@ class EmbeddingSource:
                     "`spark-nsfw score --model …` writes embeddings; --embedding-column and "
                     "--id-col name other columns"
                 )
-        notes = [note_in(footer.metadata or {}) for footer in footers]
+        notes = [note_in(each.metadata or {}) for each in footers]
         # img2dataset's sidecars have columns of these names, too, with another meaning.
         ours = {KEY, STATUS, ERROR_MESSAGE} <= set(merged.names) and (
             notes[0] is not None or PARTITION.match(files[0].parquet) is not None
@@ -189,7 +189,7 @@ class EmbeddingSource:
     def _read(self, file: EmbeddingFile) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
         """Rows, and their embeddings as lists of any float type."""
         with open_input(file.parquet) as stream:
-            parquet = _open_parquet(stream)
+            parquet = open_parquet(stream)
             needed = {self.id_col, *([self.embedding_column] if file.npy is None else [])}
             missing = needed - set(parquet.schema_arrow.names)
             if missing:
@@ -197,7 +197,7 @@ class EmbeddingSource:
             if file.npy is None:
                 wanted = needed | {*self.columns, STATUS, ERROR_MESSAGE}
                 columns = [name for name in parquet.schema_arrow.names if name in wanted]
-                for rows in _iter_batches(parquet, _BATCH_ROWS, columns):
+                for rows in iter_batches(parquet, _BATCH_ROWS, columns):
                     yield rows, rows.column(self.embedding_column)
                 return
             with open_input(file.npy) as npy:
@@ -207,7 +207,7 @@ class EmbeddingSource:
                         f"{file.npy} has {shape[0]:,} embeddings, {file.parquet} "
                         f"{parquet.metadata.num_rows:,} rows: they do not belong together"
                     )
-                for rows in _iter_batches(parquet, _BATCH_ROWS):
+                for rows in iter_batches(parquet, _BATCH_ROWS):
                     content = npy.read(rows.num_rows * shape[1] * dtype.itemsize)
                     if len(content) < rows.num_rows * shape[1] * dtype.itemsize:
                         raise ShardUnreadableError(f"{file.npy} is cut off")
@@ -234,7 +234,7 @@ class EmbeddingSource:
                 continue
             own = source_name.get(field.name)
             arrays[field.name] = (
-                _widened(rows.column(own), field.type)
+                widened(rows.column(own), field.type)
                 if own in rows.schema.names
                 else pa.nulls(rows.num_rows, field.type)
             )
@@ -246,66 +246,6 @@ def _stand_in(unit: Unit, status: Status, message: str, schema: pa.Schema) -> Ro
     values = {SHARD: unit.name, STATUS: status.value, ERROR_MESSAGE: message}
     row = pa.RecordBatch.from_pylist([values], schema)
     return row, pa.nulls(1, pa.list_(pa.float32()))
-
-
-def _merged_schema(
-    files: Sequence[EmbeddingFile], footers: Sequence[pa.Schema | None]
-) -> pa.Schema:
-    """One schema for all files that can be read.
-
-    Raises:
-        InputError: names the column, both types and both files.
-    """
-    readable = [
-        (file, footer) for file, footer in zip(files, footers, strict=True) if footer is not None
-    ]
-    schemas = [footer for _, footer in readable]
-    try:
-        return pa.unify_schemas(schemas, promote_options="permissive")
-    except pa.ArrowException:
-        pass  # rare: find out which
-    first: dict[str, tuple[EmbeddingFile, pa.Field]] = {}
-    for file, footer in readable:
-        for field in footer:
-            before, earlier = first.setdefault(field.name, (file, field))
-            try:
-                pa.unify_schemas(
-                    [pa.schema([earlier]), pa.schema([field])], promote_options="permissive"
-                )
-            except pa.ArrowException as exc:
-                raise InputError(
-                    f"column {field.name!r} is {earlier.type} in {before.parquet} and "
-                    f"{field.type} in {file.parquet}: write one of them anew, in the other's type"
-                ) from exc
-    return pa.unify_schemas(schemas, promote_options="permissive")
-
-
-def _widened(column: pa.Array, data_type: pa.DataType) -> pa.Array:
-    """A column in a type of Spark's. Nanoseconds, and the digits that a float lacks, are cut."""
-    options = pc.CastOptions(data_type, allow_time_truncate=True, allow_float_truncate=True)
-    return pc.cast(column, options=options)
-
-
-def _footer(url: str) -> pa.Schema | None:
-    try:
-        with open_input(url) as stream:
-            return pq.read_schema(stream)
-    except StorageError:
-        raise
-    except (OSError, pa.ArrowException):
-        return None  # it becomes a row of its own when it is read
-
-
-def _open_parquet(stream: BinaryIO) -> pq.ParquetFile:
-    # Buffered in advance, the whole file would be in memory.
-    return pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
-
-
-def _iter_batches(
-    parquet: pq.ParquetFile, num_rows: int, columns: list[str] | None = None
-) -> Iterator[pa.RecordBatch]:
-    # Threads would read the columns out of order, back and forth in one stream.
-    yield from parquet.iter_batches(num_rows, columns=columns, use_threads=False)
 
 
 def _npy_header(stream: BinaryIO, url: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -338,7 +278,7 @@ def _first_width(files: Sequence[EmbeddingFile], embedding_column: str, metadata
                 with open_input(file.npy) as stream:
                     return int(_npy_header(stream, file.npy)[0][1])
             with open_input(file.parquet) as stream:
-                for rows in _iter_batches(_open_parquet(stream), 64, [embedding_column]):
+                for rows in iter_batches(open_parquet(stream), 64, [embedding_column]):
                     lengths = pc.drop_null(pc.list_value_length(rows.column(0)))
                     if len(lengths):
                         return int(lengths[0].as_py())

@@ -1,4 +1,4 @@
-"""INPUT arguments → units: the shards that they name, listed once with pyarrow."""
+"""INPUT arguments → the files that they name, listed once with pyarrow; of shards, units."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(//[^/]*(?=/|\Z)|(?=/))")
 
 @dataclass(frozen=True)
 class ShardInputs:
-    """Where the shards are: directories, tar files, globs and brace ranges, absolute.
+    """Where the shards are: directories, files, globs and brace ranges, absolute.
 
     Attributes:
         patterns: as given, made absolute.
+        suffixes: of the names of the files that are meant.
     """
 
     patterns: tuple[str, ...]
+    suffixes: tuple[str, ...] = (".tar",)
 
     @classmethod
-    def parse(cls, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ShardInputs:
+    def parse(
+        cls,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        suffixes: tuple[str, ...] = (".tar",),
+    ) -> ShardInputs:
         """Take one or several inputs.
+
+        Args:
+            paths: directories, files, globs or brace ranges.
+            suffixes: of the files that are meant.
 
         Raises:
             InputError: none at all, inputs on more than one filesystem, or a range that
@@ -52,7 +62,7 @@ class ShardInputs:
                 f"inputs on several filesystems ({', '.join(sorted(filesystems))}); "
                 "score each in a run of its own"
             )
-        return cls(patterns)
+        return cls(patterns, suffixes)
 
     @property
     def filesystem(self) -> str:
@@ -66,10 +76,10 @@ class ShardInputs:
 
     @cached_property
     def _roots(self) -> frozenset[str]:
-        return frozenset(_root(pattern) for pattern in self.patterns)
+        return frozenset(self._root(pattern) for pattern in self.patterns)
 
     def shard_name(self, path: str) -> str:
-        """A shard's path below its input root, without ``.tar``.
+        """A shard's path below its input root, without ``.tar`` or what else it ends in.
 
         Raises:
             InputError: the path is below none of the inputs.
@@ -78,7 +88,7 @@ class ShardInputs:
         end = name.rfind("/")
         while end >= 0:
             if name[: end + 1] in self._roots:
-                return name[end + 1 :].removesuffix(".tar")
+                return self._without_suffix(name[end + 1 :])
             end = name.rfind("/", 0, end)
         raise InputError(f"{path} is below none of the inputs {', '.join(self.roots)}")
 
@@ -88,7 +98,8 @@ class ShardInputs:
         Raises:
             StorageError: it cannot be found out now.
         """
-        places = [f"{self.filesystem}{root}{name}.tar" for root in self.roots]
+        suffix = self.suffixes[0]
+        places = [f"{self.filesystem}{root}{name}{suffix}" for root in self.roots]
         fitting = [place for place in places if self.shard_name(place) == name]
         if len(fitting) == 1:
             return fitting[0]
@@ -104,12 +115,8 @@ class ShardInputs:
             InputError: two shards have one name.
             StorageError: they cannot be listed now.
         """
-        listed: dict[str, FileEntry] = dict(self._list_places())
-        for pattern in self.patterns:
-            if is_pattern(_split(pattern)[1]):
-                listed |= _list_matches(pattern)
         units: dict[str, Unit] = {}
-        for path, entry in sorted(listed.items(), key=lambda item: item[0]):
+        for path, entry in self.list_files().items():
             unit = Unit(self.shard_name(path), path, entry.modified_seconds, entry.size)
             other = units.setdefault(unit.name, unit)
             if other is not unit:
@@ -119,8 +126,78 @@ class ShardInputs:
                 )
         return sorted(units.values(), key=lambda unit: unit.name)
 
+    def list_files(self) -> dict[str, FileEntry]:
+        """The files that are there now, by path, sorted.
+
+        Raises:
+            NothingToReadError: there are none, or one that was named is missing.
+            StorageError: they cannot be listed now.
+        """
+        listed: dict[str, FileEntry] = dict(self._list_places())
+        for pattern in self.patterns:
+            if is_pattern(_split(pattern)[1]):
+                listed |= self._list_matches(pattern)
+        return dict(sorted(listed.items()))
+
+    def _is_meant(self, path: str) -> bool:
+        return path.endswith(self.suffixes)
+
+    def _without_suffix(self, name: str) -> str:
+        longest = max((s for s in self.suffixes if name.endswith(s)), key=len, default="")
+        return name[: len(name) - len(longest)]
+
+    def _root(self, pattern: str) -> str:
+        path = _split(pattern)[1]
+        if is_pattern(path):
+            plain = itertools.takewhile(lambda segment: not is_pattern(segment), path.split("/"))
+            return "/".join([*plain, ""])
+        if self._is_meant(path):
+            return path[: path.rfind("/") + 1]
+        return path.rstrip("/") + "/"
+
+    def _below_root(self, pattern: str) -> str:
+        return _split(pattern)[1][len(self._root(pattern)) :].rstrip("/")
+
+    def _list_matches(self, pattern: str) -> dict[str, FileEntry]:
+        """Path → entry of the files that a glob or a range names.
+
+        Raises:
+            NothingToReadError: there are none, or none of one name in a range.
+        """
+        wanted = PathPattern(self._below_root(pattern))
+        url = _split(pattern)[0] + self._root(pattern)
+        found: dict[str, FileEntry] = {}
+        matched: set[str] = set()
+        for entry in self._iter_meant(url, wanted):
+            matches = wanted.matches(entry.name)
+            if matches:
+                found[url + entry.name] = entry
+                matched.update(matches)
+        missing = wanted.first_missing(matched)
+        if missing is not None:
+            raise self._nothing_in(url + missing)
+        return found
+
+    def _nothing_in(self, path: str) -> NothingToReadError:
+        what = "shard (*.tar)" if self.suffixes == (".tar",) else f"*{', *'.join(self.suffixes)}"
+        return NothingToReadError(f"{path} does not exist, or has no {what} in it")
+
+    def _iter_meant(self, url: str, wanted: PathPattern | None = None) -> Iterator[FileEntry]:
+        """The files in a directory that are meant and not hidden.
+
+        Directories in which none is wanted are not walked.
+        """
+
+        def skip(name: str) -> bool:
+            return is_hidden(name) or not (wanted is None or wanted.may_match_below(name))
+
+        for entry in iter_files(url, skip=skip, follow_links=True):
+            directory, _, base = entry.name.rpartition("/")
+            if self._is_meant(base) and base[0] not in "._" and not is_hidden(directory):
+                yield entry
+
     def _list_places(self) -> Iterator[tuple[str, FileEntry]]:
-        """Path and entry of shards that are named or lie in a directory that is."""
+        """Path and entry of files that are named or lie in a directory that is."""
         paths = [_split(pattern)[1] for pattern in self.patterns]
         places = [path.rstrip("/") for path in paths if not is_pattern(path)]
         if not places:
@@ -134,26 +211,26 @@ class ShardInputs:
         for place, info in zip(places, infos, strict=True):
             url = self.filesystem + place
             if info.type is FileType.File:
-                if not place.endswith(".tar"):
-                    raise _nothing_in(url)
+                if not self._is_meant(place):
+                    raise self._nothing_in(url)
                 yield url, FileEntry("", info.size or 0, (info.mtime_ns or 0) / 1e9)
                 continue
-            found = [(f"{url}/{entry.name}", entry) for entry in _iter_tars(url or "/")]
+            found = [(f"{url}/{entry.name}", entry) for entry in self._iter_meant(url or "/")]
             if not found:
-                raise _nothing_in(url or "/")
+                raise self._nothing_in(url or "/")
             yield from found
 
     def covers(self, url: str) -> bool:
         """Whether tars below a directory could be input, or the input lies in it."""
         for pattern in self.patterns:
-            root = self.filesystem + _root(pattern)
+            root = self.filesystem + self._root(pattern)
             if is_below(root, url):
                 return True
             if not is_pattern(_split(pattern)[1]):
                 if is_below(url, pattern) or is_below(pattern, url):
                     return True
             elif (below := path_below(url, root)) is not None and (
-                PathPattern(_below_root(pattern)).may_match_below(below)
+                PathPattern(self._below_root(pattern)).may_match_below(below)
             ):
                 return True
         return False
@@ -174,57 +251,3 @@ def _split(path: str) -> tuple[str, str]:
         return "", path
     filesystem = "" if match[1] == "file" else f"{match[1]}:{match[2]}"
     return filesystem, path[match.end() :]
-
-
-def _root(pattern: str) -> str:
-    path = _split(pattern)[1]
-    if is_pattern(path):
-        plain = itertools.takewhile(lambda segment: not is_pattern(segment), path.split("/"))
-        return "/".join([*plain, ""])
-    if path.endswith(".tar"):
-        return path[: path.rfind("/") + 1]
-    return path.rstrip("/") + "/"
-
-
-def _below_root(pattern: str) -> str:
-    return _split(pattern)[1][len(_root(pattern)) :].rstrip("/")
-
-
-def _list_matches(pattern: str) -> dict[str, FileEntry]:
-    """Path → entry of the shards that a glob or a range names.
-
-    Raises:
-        NothingToReadError: there are none, or none of one name in a range.
-    """
-    wanted = PathPattern(_below_root(pattern))
-    url = _split(pattern)[0] + _root(pattern)
-    found: dict[str, FileEntry] = {}
-    matched: set[str] = set()
-    for entry in _iter_tars(url, wanted):
-        matches = wanted.matches(entry.name)
-        if matches:
-            found[url + entry.name] = entry
-            matched.update(matches)
-    missing = wanted.first_missing(matched)
-    if missing is not None:
-        raise _nothing_in(url + missing)
-    return found
-
-
-def _nothing_in(path: str) -> NothingToReadError:
-    return NothingToReadError(f"{path} does not exist, or has no shard (*.tar) in it")
-
-
-def _iter_tars(url: str, wanted: PathPattern | None = None) -> Iterator[FileEntry]:
-    """The tars in a directory that are not hidden.
-
-    Directories in which no tar is wanted are not walked.
-    """
-
-    def skip(name: str) -> bool:
-        return is_hidden(name) or not (wanted is None or wanted.may_match_below(name))
-
-    for entry in iter_files(url, skip=skip, follow_links=True):
-        directory, _, base = entry.name.rpartition("/")
-        if base.endswith(".tar") and base[0] not in "._" and not is_hidden(directory):
-            yield entry

@@ -6,13 +6,13 @@ embeddings. Its name is never renumbered; it is the column ``shard`` of the meta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-__all__ = ["Rows", "Source", "Unit"]
+__all__ = ["GrowingSource", "Rows", "Source", "Unit"]
 
 #: Rows of one unit: a batch of their columns, and apart from it, so that they are not
 #: copied, what each is scored by: its encoded image or None, or a list array (N,) of
@@ -29,12 +29,14 @@ class Unit:
         place: path or URL of its file or directory.
         modified_seconds: when it last changed, in Unix seconds; 0 if unknown.
         num_bytes: its size; 0 if unknown.
+        members: names of its files, where ``place`` has others as well.
     """
 
     name: str
     place: str
     modified_seconds: float = field(default=0.0, compare=False)
     num_bytes: int = field(default=0, compare=False)
+    members: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 class Source(Protocol):
@@ -84,5 +86,29 @@ class Source(Protocol):
         Raises:
             FileNotFoundError: the unit is gone; raised before the first row.
             StorageError: it cannot be read now.
+        """
+        ...
+
+
+@runtime_checkable
+class GrowingSource(Source, Protocol):
+    """A source whose units get more samples later on, which are units of their own then."""
+
+    def remaining(
+        self,
+        units: Sequence[Unit],
+        done: Iterable[str],
+        keys_of: Callable[[Iterable[str]], Mapping[str, set[str]]],
+    ) -> tuple[list[Unit], list[str]]:
+        """The units, with none of the samples that are done under another unit's name.
+
+        Args:
+            units: of this source.
+            done: names of units whose rows an output has.
+            keys_of: tells the keys of each of some units that are done.
+
+        Returns:
+            Those units, and the names of units that are done and have samples of another one, as
+            two runs can leave them that saw different samples at the same time.
         """
         ...

@@ -35,7 +35,7 @@ from spark_nsfw.errors import (
     StorageError,
 )
 from spark_nsfw.files import exists
-from spark_nsfw.read.source import Source, Unit
+from spark_nsfw.read.source import GrowingSource, Source, Unit
 from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status, metadata_schema
 from spark_nsfw.score.recipe import Recipe
 from spark_nsfw.spark.cluster import num_slots
@@ -144,7 +144,7 @@ class Run:
             units = self._look(units)
             pause = max(WATCH_SECONDS, 10 * (time.monotonic() - began))
             self.write_difference(units)
-        if self._missing(self._look(units)):
+        if self._missing(self._remaining(self._look(units))):
             raise self._stopped()
 
     def write_difference(self, units: Sequence[Unit]) -> None:
@@ -154,6 +154,7 @@ class Run:
             JobError: a wave failed, or rows do not turn up.
             JobStoppedError: the run was stopped, and there are some left.
         """
+        units = self._remaining(units)
         self.progress.know(unit.name for unit in units)
         missing = self._missing(units)
         for _ in range(_MAX_ROUNDS):
@@ -205,6 +206,15 @@ class Run:
             self.progress.say(f"the input cannot be listed now, trying again: {exc}")
             return known
         refuse_names(units, self.output.url)
+        return units
+
+    def _remaining(self, units: Sequence[Unit]) -> Sequence[Unit]:
+        """The units, without samples that are done in another unit."""
+        if not isinstance(self.source, GrowingSource):
+            return units
+        adopt_stores(self.spark)
+        units, doubled = self.source.remaining(units, self.output.done(), self.output.keys)
+        self.output.forget(doubled)
         return units
 
     def _missing(self, units: Sequence[Unit]) -> list[Unit]:

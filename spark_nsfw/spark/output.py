@@ -57,6 +57,14 @@ class Output(Protocol):
         """Names of the units whose rows it has."""
         ...
 
+    def keys(self, units: Iterable[str]) -> dict[str, set[str]]:
+        """The keys of the rows of each of some units."""
+        ...
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Delete the rows of units."""
+        ...
+
     def append(self, rows: DataFrame) -> None:
         """Add rows of units that it does not have."""
         ...
@@ -114,6 +122,14 @@ class ParquetOutput:
             JobError: two writes made a unit's rows with different settings.
         """
         return self._files.done()
+
+    def keys(self, units: Iterable[str]) -> dict[str, set[str]]:
+        """The keys of the rows of each of some units; none of a unit that has no rows."""
+        return self._files.keys(units)
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Delete the rows of units: they are not done any more."""
+        self._files.forget(units)
 
     def append(self, rows: DataFrame) -> None:
         """Add rows of units that are not `done`, each in one task of their own.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -47,6 +48,9 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _SCHEMA_FILE = f"{SHARD}={SCHEMA_PARTITION}/part-00000-schema.zstd.parquet"
+
+#: Files that are read at a time.
+_NUM_READERS = 16
 
 #: How often an output is listed whose files vanish before they are looked at.
 _MAX_LISTINGS = 10
@@ -202,6 +206,30 @@ class MetadataFiles:
             crcs = [re.sub(r"([^/]+)\Z", r".\1.crc", name) for name in doubled]
             delete_files([self._url_of(name) for name in (*doubled, *crcs)])
         return set(units)
+
+    def keys(self, units: Iterable[str]) -> dict[str, set[str]]:
+        """The keys of the rows of each of some units; none of a unit that has no rows.
+
+        Raises:
+            StorageError: a file cannot be read now.
+        """
+        names = list(units)
+        if not names:
+            return {}
+        files = self._data_files()
+
+        def keys_of(unit: str) -> set[str]:
+            return set().union(*(self._keys(file.name) for file in files.get(unit, ())))
+
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            return dict(zip(names, pool.map(keys_of, names), strict=True))
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Delete the files of the rows of units."""
+        names = list(units)
+        if names:
+            files = self._data_files()
+            delete_files([self._url_of(file.name) for unit in names for file in files[unit]])
 
     def _doubled(self, unit: str, files: list[FileEntry]) -> Iterator[str]:
         """Of a unit's files, those that hold its rows a second time."""

@@ -1,0 +1,310 @@
+"""Parquet files with a column of images, as Hugging Face and img2dataset write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spark_nsfw.errors import InputError, ShardUnreadableError, StorageError
+from spark_nsfw.read.image_files import ReadFile, read_files
+from spark_nsfw.read.naming import output_name, spark_type
+from spark_nsfw.read.parquet import footer, iter_batches, merged_schema, open_parquet, widened
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.source import Rows, Unit
+from spark_nsfw.read.tar import MAX_MEMBER_BYTES
+from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, KEY, SHARD, STATUS, Status, sample_schema
+from spark_nsfw.storage import open_input
+
+__all__ = ["ParquetSource"]
+
+#: Rows in an Arrow batch, at most, and the bytes of images that it has on average.
+_BATCH_ROWS, _BATCH_BYTES = 256, 32 << 20
+
+#: Names that a column of images has where there are several columns of bytes.
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content")
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files of images; a `spark_nsfw.read.source.Source` with a unit for each file.
+
+    Attributes:
+        inputs: where the files are.
+        image_column: holds encoded images as binary, as Hugging Face's ``struct<bytes, path>``,
+            or as paths or URLs of files.
+        id_col: holds the samples' keys, ``#`` and the number of the row in its file where one is
+            null; None takes that number alone.
+        columns: source name → name in the output, of the columns that go along.
+        own: these columns, as their files' types have them in common.
+        max_image_bytes: larger images make a row with status ``member_oversized``.
+    """
+
+    inputs: ShardInputs
+    image_column: str
+    id_col: str | None
+    columns: dict[str, str]
+    own: tuple[pa.Field, ...]
+    max_image_bytes: int = MAX_MEMBER_BYTES
+
+    @classmethod
+    def open(
+        cls,
+        paths: Any,
+        *,
+        image_column: str | None = None,
+        id_col: str | None = None,
+        columns: Sequence[str] | None = None,
+        max_image_bytes: int = MAX_MEMBER_BYTES,
+    ) -> ParquetSource:
+        """Read the footer of every file.
+
+        Args:
+            paths: directories, Parquet files, globs or ranges.
+            image_column: None takes the one column that can hold images.
+            id_col: None takes ``key`` where there is one, else the number of a row.
+            columns: which of the other columns to keep; None keeps all, () none.
+            max_image_bytes: larger images are not read.
+
+        Raises:
+            NothingToReadError: there are no files.
+            InputError: no column of images or several, a column that is not there, or one whose
+                types in two files have none in common.
+            StorageError: a file cannot be read now.
+        """
+        inputs = ShardInputs.parse(paths, (".parquet",))
+        files = list(inputs.list_files())
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(footer, files))
+        place = ", ".join(inputs.patterns)
+        if all(found is None for found in footers):
+            raise InputError(f"{place}: none of its Parquet files can be read")
+        merged = merged_schema(files, footers)
+        image_column = _image_column(merged, image_column, place)
+        if id_col is not None and id_col not in merged.names:
+            raise InputError(
+                f"{place} has no column {id_col!r} for --id-col (id_col); "
+                f"there are {', '.join(merged.names)}"
+            )
+        if id_col is None and KEY in merged.names:
+            id_col = KEY
+        wanted = merged.names if columns is None else columns
+        missing = [name for name in wanted if name not in merged.names]
+        if missing:
+            raise InputError(
+                f"{place} has no column {', '.join(missing)}; there are {', '.join(merged.names)}"
+            )
+        named = {
+            name: output_name(name, id_col or KEY)
+            for name in merged.names
+            if name in wanted and name not in (image_column, KEY if id_col == KEY else None)
+        }
+        kept = {name: output for name, output in named.items() if output is not None}
+        own = (pa.field(output, spark_type(merged.field(n).type)) for n, output in kept.items())
+        return cls(inputs, image_column, id_col, kept, tuple(own), max_image_bytes)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and roots of the input, and what decides which rows come out."""
+        return {
+            "inputs": {
+                "kind": "parquet",
+                "filesystem": self.inputs.filesystem,
+                "roots": list(self.inputs.roots),
+            },
+            "rows": {
+                "image_column": self.image_column,
+                "id_col": self.id_col,
+                "columns": list(self.columns),
+                "max_image_bytes": self.max_image_bytes,
+            },
+        }
+
+    def covers(self, url: str) -> bool:
+        """Whether an output there would be read as input, or holds the input."""
+        return self.inputs.covers(url)
+
+    def units(self) -> list[Unit]:
+        """The files that are there now, sorted by name.
+
+        Raises:
+            NothingToReadError: there are none, or one that was named is missing.
+            InputError: two files have one name.
+        """
+        return self.inputs.list_units()
+
+    def schema(
+        self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
+    ) -> pa.Schema:
+        """The columns of its rows, without the image."""
+        schema = sample_schema(passthrough=self.own if own is None else own, locations=False)
+        return schema.remove(schema.get_field_index(IMAGE))
+
+    def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
+        """The rows of a file, each batch with its rows' encoded images.
+
+        A file that is damaged gives the rows that can be read and one row that stands for it.
+
+        Raises:
+            FileNotFoundError: the file is gone.
+            StorageError: it, or a file that a row names, cannot be read now.
+        """
+        num_rows = 0
+        try:
+            with open_input(unit.place) as stream:
+                parquet = open_parquet(stream)
+                for rows in iter_batches(parquet, _batch_rows(parquet), self._needed(parquet)):
+                    images = self._images(rows.column(self.image_column), unit)
+                    yield self._batch(unit, rows, images, num_rows, schema)
+                    num_rows += rows.num_rows
+        except (StorageError, FileNotFoundError):
+            raise
+        except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
+            yield _stand_in(unit, Status.SHARD_UNREADABLE, f"{unit.place}: {exc}", schema)
+        else:
+            if not num_rows:
+                yield _stand_in(unit, Status.SHARD_EMPTY, f"{unit.place} has no rows", schema)
+
+    def _needed(self, parquet: pq.ParquetFile) -> list[str]:
+        names = parquet.schema_arrow.names
+        missing = [n for n in (self.image_column, self.id_col) if n and n not in names]
+        if missing:
+            raise ShardUnreadableError(f"it has no column {', '.join(missing)}")
+        needed = {self.image_column, self.id_col, *self.columns}
+        return [name for name in names if name in needed]
+
+    def _images(self, column: pa.Array, unit: Unit) -> list[ReadFile]:
+        """The images of rows, whatever the column holds."""
+        contents: list[bytes | None] = [None] * len(column)
+        paths: list[str | None] = [None] * len(column)
+        if pa.types.is_struct(column.type):
+            names = [field.name for field in column.type]
+            contents = column.field("bytes").to_pylist()
+            if "path" in names:
+                paths = column.field("path").to_pylist()
+            valid = column.is_valid().to_pylist()
+            contents = [c if ok else None for c, ok in zip(contents, valid, strict=True)]
+            paths = [p if ok else None for p, ok in zip(paths, valid, strict=True)]
+        elif _is_binary(column.type):
+            contents = column.to_pylist()
+        else:
+            paths = column.to_pylist()
+        # What a row holds comes first; the others are read side by side.
+        named = [p for c, p in zip(contents, paths, strict=True) if c is None and p]
+        found = read_files((_place(path, unit) for path in named), self.max_image_bytes)
+        return [
+            self._held(content) if content is not None else next(found) if path else _MISSING
+            for content, path in zip(contents, paths, strict=True)
+        ]
+
+    def _held(self, content: bytes) -> ReadFile:
+        if len(content) <= self.max_image_bytes:
+            return ReadFile(content)
+        message = f"the image has {len(content):,} bytes, the limit is {self.max_image_bytes:,}"
+        return ReadFile(None, Status.MEMBER_OVERSIZED, message)
+
+    def _batch(
+        self,
+        unit: Unit,
+        rows: pa.RecordBatch,
+        images: list[ReadFile],
+        num_before: int,
+        schema: pa.Schema,
+    ) -> Rows:
+        count = rows.num_rows
+        numbers = pa.array(range(num_before, num_before + count)).cast(pa.string())
+        arrays: dict[str, pa.Array] = {
+            SHARD: pa.repeat(pa.scalar(unit.name, pa.string()), count),
+            KEY: numbers,
+            STATUS: pa.array([image.status.value for image in images], pa.string()),
+            ERROR_MESSAGE: pa.array([image.error_message for image in images], pa.string()),
+        }
+        if self.id_col is not None:
+            # A key is never null: a row without one would pass for a row that stands for the file.
+            ids = rows.column(self.id_col).cast(pa.string())
+            arrays[KEY] = pc.coalesce(ids, pc.binary_join_element_wise("#", numbers, ""))
+        source_name = {output: name for name, output in self.columns.items()}
+        for field in schema:
+            own = source_name.get(field.name)
+            if field.name not in arrays:
+                arrays[field.name] = (
+                    widened(rows.column(own), field.type)
+                    if own in rows.schema.names
+                    else pa.nulls(count, field.type)
+                )
+        batch = pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
+        return batch, [image.content for image in images]
+
+
+_MISSING = ReadFile(None, Status.IMAGE_MISSING, "the row has no image")
+
+
+def _place(path: str, unit: Unit) -> str:
+    """A path as a row has it; relative ones are below the directory of its file."""
+    is_absolute = path.startswith("/") or ":" in path.partition("/")[0]
+    return path if is_absolute else f"{unit.place.rpartition('/')[0]}/{path}"
+
+
+def _batch_rows(parquet: pq.ParquetFile) -> int:
+    """So many rows that their images take about `_BATCH_BYTES`."""
+    metadata = parquet.metadata
+    num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    per_row = num_bytes // max(1, metadata.num_rows)
+    return int(max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, per_row))))
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    is_one = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return any(is_it(type_) for is_it in is_one)
+
+
+def _holds_images(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in type_)
+    return _is_binary(type_)
+
+
+def _image_column(schema: pa.Schema, wanted: str | None, place: str) -> str:
+    """The column of images.
+
+    Raises:
+        InputError: there is none, or several, or it cannot hold images.
+    """
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise InputError(
+                f"{place} has no column {wanted!r} for --image-column; there are {there}"
+            )
+        type_ = schema.field(wanted).type
+        if not (
+            _holds_images(type_) or pa.types.is_string(type_) or pa.types.is_large_string(type_)
+        ):
+            raise InputError(
+                f"{place}: column {wanted!r} is {type_}; images are binary, "
+                "struct<bytes, path>, or strings that are paths or URLs of files"
+            )
+        return wanted
+    candidates = [field.name for field in schema if _holds_images(field.type)]
+    named = [name for name in candidates if name.lower() in _IMAGE_NAMES]
+    chosen = named if len(named) == 1 else candidates
+    if not chosen:
+        raise InputError(
+            f"{place} has no column of images; there are {there}. If one holds paths of "
+            "image files, name it with --image-column"
+        )
+    if len(chosen) > 1:
+        raise InputError(
+            f"{place}: {' and '.join(chosen)} could each be the images; choose with --image-column"
+        )
+    return str(chosen[0])
+
+
+def _stand_in(unit: Unit, status: Status, message: str, schema: pa.Schema) -> Rows:
+    """A row that stands for a file."""
+    values = {SHARD: unit.name, STATUS: status.value, ERROR_MESSAGE: message}
+    return pa.RecordBatch.from_pylist([values], schema), [None]

@@ -1,0 +1,133 @@
+"""INPUT → its source: shards, image files or Parquet, by what lies there or by what a user says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.read.image_files import FilesSource, suffixes_of
+from spark_nsfw.read.image_tables import ParquetSource
+from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
+from spark_nsfw.read.source import Source
+
+__all__ = ["INPUT_FORMATS", "InputOptions", "open_source"]
+
+_Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+#: Of an input, looked for in this order: Parquet files beside shards are their sidecars.
+INPUT_FORMATS = ("webdataset", "parquet", "files")
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """How an input is read; what does not apply to its format is refused.
+
+    Attributes:
+        format: one of `INPUT_FORMATS`; None looks what lies there.
+        image_column: of Parquet; None takes the one that can hold images.
+        id_col: column of the samples' ids; None takes ``key`` where there is one.
+        columns: which of the dataset's own columns to keep; None keeps all, () none.
+        captions: keep the ``.txt`` member of shards as column ``caption``.
+        image_extensions: which members or files are images.
+    """
+
+    format: str | None = None
+    image_column: str | None = None
+    id_col: str | None = None
+    columns: Sequence[str] | None = None
+    captions: bool = False
+    image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+
+
+def open_source(paths: _Paths, options: InputOptions | None = None) -> Source:
+    """The source of an input.
+
+    Args:
+        paths: directories, files, globs or brace ranges, on one filesystem.
+        options: how it is read.
+
+    Raises:
+        NothingToReadError: there is nothing that can be read.
+        InputError: an option that its format has not got, or what the source refuses.
+        StorageError: it cannot be listed now.
+    """
+    options = options or InputOptions()
+    format_ = options.format or _format_of(paths, options)
+    _refuse_options(format_, options)
+    return _OPENERS[format_](paths, options)
+
+
+def _shards(paths: _Paths, options: InputOptions) -> Source:
+    samples = SampleOptions(
+        image_extensions=options.image_extensions,
+        captions=options.captions,
+        id_col=options.id_col or "key",
+    )
+    return ShardSource(ShardInputs.parse(paths), samples, options.columns)
+
+
+def _parquet(paths: _Paths, options: InputOptions) -> Source:
+    return ParquetSource.open(
+        paths,
+        image_column=options.image_column,
+        id_col=options.id_col,
+        columns=options.columns,
+    )
+
+
+def _files(paths: _Paths, options: InputOptions) -> Source:
+    return FilesSource.of(paths, options.image_extensions)
+
+
+_OPENERS: dict[str, Callable[[_Paths, InputOptions], Source]] = {
+    "webdataset": _shards,
+    "parquet": _parquet,
+    "files": _files,
+}
+
+#: Options of `InputOptions` that a format has not got, by the names that users know.
+_LACKING = {
+    "webdataset": {"image_column": "--image-column"},
+    "parquet": {"captions": "--captions"},
+    "files": {
+        "image_column": "--image-column",
+        "id_col": "--id-col",
+        "columns": "--columns",
+        "captions": "--captions",
+    },
+}
+
+
+def _refuse_options(format_: str, options: InputOptions) -> None:
+    for name, flag in _LACKING[format_].items():
+        if getattr(options, name):
+            raise InputError(f"{flag} is not for --input-format {format_}")
+
+
+def _format_of(paths: _Paths, options: InputOptions) -> str:
+    """What lies there, or is named.
+
+    Raises:
+        NothingToReadError: nothing that can be read.
+    """
+    suffixes = {
+        "webdataset": (".tar",),
+        "parquet": (".parquet",),
+        "files": suffixes_of(options.image_extensions),
+    }
+    inputs = ShardInputs.parse(paths, tuple(s for several in suffixes.values() for s in several))
+    try:
+        found = inputs.list_files()
+    except NothingToReadError as exc:
+        raise NothingToReadError(
+            f"{', '.join(inputs.patterns)} does not exist, or has no shard (*.tar), no *.parquet "
+            f"and no image file (*.{', *.'.join(options.image_extensions[:4])}, …) in it"
+        ) from exc
+    return next(
+        format_
+        for format_ in INPUT_FORMATS
+        if any(path.endswith(suffixes[format_]) for path in found)
+    )
