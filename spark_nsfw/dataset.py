@@ -14,9 +14,11 @@ from spark_nsfw.errors import InputError
 from spark_nsfw.files import files_digest
 from spark_nsfw.note import merged_note, refuse_another_note, same_note
 from spark_nsfw.ownership import STATE
+from spark_nsfw.read.image_files import FilesSource
+from spark_nsfw.read.image_tables import ParquetSource
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import SampleOptions, ShardSource
-from spark_nsfw.read.source import Unit
+from spark_nsfw.read.source import ImageSource, Unit
 from spark_nsfw.schema import KEY, SHARD
 from spark_nsfw.score.classifier import ImageClassifier
 from spark_nsfw.score.detector import Detector
@@ -48,7 +50,7 @@ _TASKS = 1024
 
 
 class ImageTextPairDataset:
-    """Shards of images, with metadata that embedders and classifiers add to.
+    """Images in shards, files or tables, with metadata that embedders and classifiers add to.
 
     Nothing is computed before `metadata` is read or `save_metadata` called; an embedder
     and all classifiers that follow it share one pass over the images.
@@ -64,6 +66,7 @@ class ImageTextPairDataset:
         captions: bool = False,
         embedder: ImageEmbedder | None = None,
         classifiers: Sequence[Detector[Any]] = (),
+        source: ImageSource | None = None,
     ) -> None:
         self.path = path
         self.id_col = id_col
@@ -72,7 +75,7 @@ class ImageTextPairDataset:
         self.embedder = embedder
         self.classifiers = tuple(classifiers)
         adopt_stores(spark)
-        self._inputs = ShardInputs.parse(path)
+        self._other_source = source  # of what is not shards
         self._metadata: DataFrame | None = None
 
     @classmethod
@@ -100,20 +103,81 @@ class ImageTextPairDataset:
         dataset.tar_files  # noqa: B018  # a wrong path is refused here, not at the first action
         return dataset
 
+    @classmethod
+    def from_files(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str],
+        *,
+        spark: SparkSession | None = None,
+    ) -> ImageTextPairDataset:
+        """A dataset of image files; the key is the file's name, `spark_nsfw.read.image_files`.
+
+        Args:
+            path: directory, file, glob or brace range, or several of them.
+            spark: by default the active session, or a local one.
+
+        Raises:
+            InputError: there is no image file.
+        """
+        session = spark or active_or_local_session()
+        adopt_stores(session)
+        return cls._of(FilesSource.of(path), path, session)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str],
+        id_col: str | None = None,
+        *,
+        image_column: str | None = None,
+        columns: Sequence[str] | None = None,
+        spark: SparkSession | None = None,
+    ) -> ImageTextPairDataset:
+        """A dataset of Parquet files with a column of images.
+
+        Args:
+            path: directory, Parquet file, glob or brace range, or several of them.
+            id_col: the column of the samples' keys; None takes ``key`` where there is one, else
+                the number of a row in its file.
+            image_column: encoded images, ``struct<bytes, path>``, or paths of files; None takes
+                the one column that holds images.
+            columns: which of the other columns to keep; None keeps all, () none.
+            spark: by default the active session, or a local one.
+
+        Raises:
+            InputError: there is no such file or column.
+        """
+        session = spark or active_or_local_session()
+        adopt_stores(session)
+        source = ParquetSource.open(path, image_column=image_column, id_col=id_col, columns=columns)
+        return cls._of(source, path, session)
+
+    @classmethod
+    def _of(cls, source: ImageSource, path: Any, spark: SparkSession) -> ImageTextPairDataset:
+        dataset = cls(path, KEY, spark, source=source)
+        dataset._units  # noqa: B018  # a wrong path is refused here, not at the first action
+        return dataset
+
     @property
     def tar_files(self) -> list[str]:
         """The paths of the shards, sorted."""
         return [unit.place for unit in self._units]
+
+    def _refuse_other_than_shards(self, what: str) -> None:
+        if self._other_source is not None:
+            raise InputError(f"{what} is for datasets of shards: {self.path} is none")
 
     @cached_property
     def _units(self) -> list[Unit]:
         return self._source.units()
 
     @cached_property
-    def _source(self) -> ShardSource:
+    def _source(self) -> ImageSource:
+        if self._other_source is not None:
+            return self._other_source
         images = Recipe(self.embedder, self.classifiers).reads_images
         options = SampleOptions(captions=self.captions, id_col=self.id_col, images=images)
-        return ShardSource(self._inputs, options)
+        return ShardSource(ShardInputs.parse(self.path), options)
 
     @cached_property
     def _recipe(self) -> Recipe:
@@ -160,13 +224,20 @@ class ImageTextPairDataset:
         """
         if self._metadata is not None:
             raise InputError("embed the dataset first, then set its metadata")
+        pixel_classifiers = Recipe(None, self.classifiers).pixel_classifiers
+        return self._with(embedder, (*pixel_classifiers, *embedder.classifiers))
+
+    def _with(
+        self, embedder: ImageEmbedder | None, classifiers: Sequence[Detector[Any]]
+    ) -> ImageTextPairDataset:
         return ImageTextPairDataset(
             self.path,
             self.id_col,
             self.spark,
             self.captions,
             embedder,
-            (*Recipe(None, self.classifiers).pixel_classifiers, *embedder.classifiers),
+            classifiers,
+            self._other_source,
         )
 
     def with_classifier(self, classifier: Detector[Any]) -> ImageTextPairDataset:
@@ -175,14 +246,7 @@ class ImageTextPairDataset:
         Embeddings that are yet to be computed are classified in the same pass; without
         an embedder the classifier reads the dataset's column of stored embeddings.
         """
-        dataset = ImageTextPairDataset(
-            self.path,
-            self.id_col,
-            self.spark,
-            self.captions,
-            self.embedder,
-            (*self.classifiers, classifier),
-        )
+        dataset = self._with(self.embedder, (*self.classifiers, classifier))
         if self._metadata is not None:
             if not isinstance(classifier, ImageClassifier):
                 raise InputError(
@@ -220,6 +284,7 @@ class ImageTextPairDataset:
             refuse_place(output.url, self._source)
             self._write(output, columns)
             return
+        self._refuse_other_than_shards("save_metadata() without a path")
         # The directory of one input, whatever file system that is on.
         first = self._units[0]
         staging = ParquetOutput(
@@ -303,6 +368,7 @@ class ImageTextPairDataset:
             InputError: arguments that cannot work.
             JobError: the output was made with different settings, or the run failed.
         """
+        self._refuse_other_than_shards("to_webdataset")
         metadata = self.metadata
         made_by = {n: v for n, v in self._recipe.describe().items() if n != "rows"}
         if dict(metadata.dtypes).get(filter_column) != "boolean":
@@ -310,7 +376,7 @@ class ImageTextPairDataset:
         return export_rows(
             metadata,
             F.col(quoted(filter_column)),
-            self._inputs,
+            ShardInputs.parse(self.path),
             os.fspath(path),
             {
                 "filter_column": filter_column,

@@ -24,8 +24,15 @@ NEEDS_S3 = [
 #: Hadoop's version in each Spark.
 HADOOP = {"3.5": "3.3.4", "4.0": "3.4.1", "4.1": "3.4.2"}
 
-#: Of a Spark that has no spark-hadoop-cloud of its own version, the next one's.
-CLOUD = {"4.0.3": "4.0.2"}
+#: Where its spark-hadoop-cloud, or what that needs, is not to be had.
+WITHOUT_CLOUD = {"4.0"}
+
+
+def with_cloud():
+    """Whether there is a magic committer; ``SPARK_HADOOP_CLOUD=no`` goes without."""
+    from pyspark import __version__ as version
+
+    return os.environ.get("SPARK_HADOOP_CLOUD") != "no" and version[:3] not in WITHOUT_CLOUD
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +48,9 @@ def s3a_settings(gateway):
     from pyspark import __version__ as version
 
     scala = "2.12" if version < "4" else "2.13"
-    packages = [
-        f"org.apache.hadoop:hadoop-aws:{HADOOP[version[:3]]}",
-        f"org.apache.spark:spark-hadoop-cloud_{scala}:{CLOUD.get(version, version)}",
-    ]
+    packages = [f"org.apache.hadoop:hadoop-aws:{HADOOP[version[:3]]}"]
+    if with_cloud():
+        packages.append(f"org.apache.spark:spark-hadoop-cloud_{scala}:{version}")
     return {
         "spark.jars.packages": ",".join(packages),
         "spark.hadoop.fs.s3a.endpoint": gateway.url,

@@ -366,3 +366,101 @@ def test_folders_and_shards_do_not_mix(spark, folder, tmp_path, embedder):
     write_shard(folder / "s.tar", [("a", [("jpg", b"x")])])
     with pytest.raises(JobError, match="kind"):
         run_into(spark, open_source(folder), tmp_path / "out", embedder)
+
+
+# What is made of the rows
+
+
+def test_the_report_shows_files_and_tables(spark, folder, tmp_path, embedder, jpegs):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from spark_nsfw.cli import main
+    from spark_nsfw.read.inputs import open_source
+
+    (tmp_path / "table").mkdir()
+    pq.write_table(pa.table({"jpg": [*jpegs[:9], b"no image"]}), tmp_path / "table" / "0.parquet")
+    for place in (folder, tmp_path / "table"):
+        output, page = tmp_path / f"out-{place.name}", tmp_path / f"{place.name}.html"
+        run_into(spark, open_source(place), output, embedder)
+        write(folder, "cats/later.jpg", content=jpegs[10])  # the unit has another name by now
+        command = ["report", str(output), "-o", str(page), "--shards", str(place)]
+        assert main(command) == 0
+        from spark_nsfw.spark.report import collect_report
+
+        data = collect_report(spark, str(output), source=open_source(place))
+        assert len(data.thumbnails) == 8  # all are in one band
+        assert all(each.jpeg is not None for each in data.thumbnails)
+        assert page.read_text("utf-8").count('<img alt="sample') == 8
+
+
+def test_another_folder_than_that_of_the_rows_has_no_images(
+    spark, folder, tmp_path, embedder, capsys
+):
+    from spark_nsfw.cli import main
+
+    run_into(spark, FilesSource.of(folder), tmp_path / "out", embedder)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", "a.jpg")
+    page = tmp_path / "page.html"
+    command = [
+        "report",
+        str(tmp_path / "out"),
+        "-o",
+        str(page),
+        "--shards",
+        str(tmp_path / "other"),
+    ]
+    assert main(command) == 2
+    assert "none of the images could be read" in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_an_export_of_files_is_refused_in_a_line(spark, folder, tmp_path, embedder, capsys):
+    from spark_nsfw.cli import main
+
+    run_into(spark, FilesSource.of(folder), tmp_path / "out", embedder)
+    command = ["export", str(tmp_path / "out"), str(tmp_path / "clean"), "--shards", str(folder)]
+    assert main([*command, "--where", "nsfw_score < 0.5"]) == 2
+    assert "was made from files, and export copies samples of shards" in capsys.readouterr().err
+    assert not (tmp_path / "clean").exists()
+
+
+@pytest.mark.parametrize("kind", ["files", "parquet"])
+def test_a_dataset_of_files_or_a_table(spark, folder, tmp_path, embedder, jpegs, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from spark_nsfw import ImageTextPairDataset
+
+    if kind == "files":
+        dataset = ImageTextPairDataset.from_files(folder, spark=spark)
+    else:
+        (tmp_path / "t").mkdir()
+        pq.write_table(
+            pa.table({"jpg": jpegs[:9], "uid": [*"abcdefghi"]}), tmp_path / "t/0.parquet"
+        )
+        dataset = ImageTextPairDataset.from_parquet(tmp_path / "t", id_col="uid", spark=spark)
+    scored = embedder(dataset)
+    expected = scored.metadata.where("status = 'ok'").select("key", "nsfw_score").collect()
+    assert len(expected) == 9
+    scored.save_metadata(str(tmp_path / "out"))
+    saved = spark.read.parquet(str(tmp_path / "out")).where("status = 'ok'")
+    assert sorted(saved.select("key", "nsfw_score").collect()) == sorted(expected)
+    with pytest.raises(InputError, match="without a path is for datasets of shards"):
+        scored.save_metadata()
+    with pytest.raises(InputError, match="to_webdataset is for datasets of shards"):
+        scored.to_webdataset(str(tmp_path / "clean"), "is_safe")
+    with pytest.raises(NothingToReadError):
+        ImageTextPairDataset.from_files(tmp_path / "nowhere", spark=spark)
+
+
+def test_the_command_scores_a_folder_and_waits_for_one(spark, folder, tmp_path, detector_path):
+    from spark_nsfw.cli import main
+
+    options = ["--model=test_vit", "--embedding-size=768", "--no-pretrained",
+               f"--detector=laion={detector_path}"]  # fmt: skip
+    assert main(["score", str(folder), str(tmp_path / "out"), *options]) == 0
+    assert len(scores(spark, tmp_path / "out")) == 10
+    refused = ["score", str(folder), str(tmp_path / "other"), *options, "--captions"]
+    assert main(refused) == 2

@@ -15,7 +15,7 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.storage import RetryingFile
 from spark_nsfw.use import thumbnails as thumbnails_module
-from spark_nsfw.use.thumbnails import iter_thumbnails, samples_by_shard, thumbnails
+from spark_nsfw.use.thumbnails import iter_thumbnails, refuse_none, samples_by_unit, thumbnails
 
 
 def rows_of(directory, *names, **options):
@@ -243,6 +243,12 @@ def test_a_datasets_own_column_of_that_name_gets_a_prefix(tmp_path):
 
 # Contact sheets
 
+SHARDS = ShardSource(ShardInputs.parse("/nowhere"))
+
+
+def thumbs(url, samples):
+    return iter_thumbnails(("s", url, samples), SHARDS)
+
 
 @pytest.fixture
 def requests(monkeypatch):
@@ -261,7 +267,7 @@ def test_thumbnails_take_one_read_each_and_no_walk(tars, requests, monkeypatch):
     monkeypatch.setattr(thumbnails_module, "iter_runs", None)
     rows = [row for row in rows_of(tars, "deep/00") if row["status"] == "ok"][:4]
     samples = [(row["key"], *locations(row)) for row in rows]
-    found = dict(iter_thumbnails(str(tars / "deep" / "00.tar"), samples))
+    found = dict(thumbs(str(tars / "deep" / "00.tar"), samples))
     assert list(found) == [row["key"] for row in rows]
     assert requests == [(offset - 512, size + 512) for _, offset, size in samples]
 
@@ -270,13 +276,13 @@ def test_thumbnails_are_the_same_whether_places_are_known_or_wrong(tars):
     url = str(tars / "deep" / "00.tar")
     rows = [row for row in rows_of(tars, "deep/00") if row["image"]][:4]
     known = [(row["key"], *locations(row)) for row in rows]
-    expected = dict(iter_thumbnails(url, known))
+    expected = dict(thumbs(url, known))
     assert len(expected) == 4
-    assert dict(iter_thumbnails(url, [(key, None, None) for key, _, _ in known])) == expected
+    assert dict(thumbs(url, [(key, None, None) for key, _, _ in known])) == expected
     wrong = [known[0], (known[1][0], 512, 7), *known[2:]]
-    assert dict(iter_thumbnails(url, wrong)) == expected
+    assert dict(thumbs(url, wrong)) == expected
     both = [*known, ("nobody", 512, 7), ("no one", None, None)]
-    assert dict(iter_thumbnails(url, both)) == expected
+    assert dict(thumbs(url, both)) == expected
 
 
 def test_an_image_that_cannot_be_decoded_has_no_thumbnail(tmp_path):
@@ -284,24 +290,33 @@ def test_an_image_that_cannot_be_decoded_has_no_thumbnail(tmp_path):
     rows = rows_of(tmp_path, "s")
     samples = [(row["key"], *locations(row)) for row in rows if row["image_offset"] is not None]
     url = str(tmp_path / "s.tar")
-    found = dict(iter_thumbnails(url, samples))
-    assert found == dict(iter_thumbnails(url, [(key, None, None) for key, _, _ in samples]))
+    found = dict(thumbs(url, samples))
+    assert found == dict(thumbs(url, [(key, None, None) for key, _, _ in samples]))
     assert 0 < len(found) < len(samples)
 
 
 def test_a_shard_that_is_gone_has_no_thumbnails(tmp_path):
     samples = [("a", 512, 10), ("b", None, None)]
-    assert thumbnails([("s", str(tmp_path / "s.tar"), samples)]) == {}
+    assert thumbnails([("s", str(tmp_path / "s.tar"), samples)], SHARDS) == {}
 
 
 def test_samples_go_with_their_places_by_shard(tars):
-    inputs = ShardInputs.parse(tars)
+    source = ShardSource(ShardInputs.parse(tars))
     samples = [("deep/00", "a"), ("deep/00", "b"), ("deep/00", "a")]
-    ((shard, url, found),) = samples_by_shard(samples, inputs, {("deep/00", "a"): (1024, 9)})
+    ((shard, url, found),) = samples_by_unit(samples, source, {("deep/00", "a"): (1024, 9)})
     assert (shard, url) == ("deep/00", str(tars / "deep" / "00.tar"))
     assert found == [("a", 1024, 9), ("b", None, None)]
-    with pytest.raises(InputError, match="shard 01 is not below"):
-        samples_by_shard([("01", "a")], inputs, {})
+
+
+def test_an_input_with_none_of_the_images_is_refused(tars):
+    source = ShardSource(ShardInputs.parse(tars))
+    units = samples_by_unit([("01", "a"), ("deep/00", "a")], source, {})
+    drawn = thumbnails(units, source)
+    assert [*drawn] == [("deep/00", "a")]
+    refuse_none(drawn, units)
+    refuse_none({}, [])
+    with pytest.raises(InputError, match=r"such as a of .*/01\.tar: is that what was scored"):
+        refuse_none(thumbnails(units[:1], source), units[:1])
 
 
 def test_a_store_that_cannot_be_read_now_is_told(tars, monkeypatch):

@@ -23,6 +23,7 @@ from spark_nsfw.cli import main
 from spark_nsfw.errors import InputError
 from spark_nsfw.note import inspect_output
 from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
 from spark_nsfw.spark.output import with_note
 from spark_nsfw.spark.report import SparkRows, collect_report
@@ -55,7 +56,7 @@ from spark_nsfw.use.thresholds import (
     thresholds_above,
     thresholds_below,
 )
-from spark_nsfw.use.thumbnails import samples_by_shard, thumbnails
+from spark_nsfw.use.thumbnails import samples_by_unit, thumbnails
 
 
 @pytest.fixture(scope="module")
@@ -536,8 +537,8 @@ def test_samples_of_score_bands_and_their_images_are_the_same_with_and_without_s
     spark, three_scores
 ):
     directory, frame = three_scores
-    inputs = ShardInputs.parse(str(directory / "in"))
-    data = collect_report(spark, str(directory / "metadata"), inputs=inputs)
+    source = ShardSource(ShardInputs.parse(str(directory / "in")))
+    data = collect_report(spark, str(directory / "metadata"), source=source)
     notes = inspect_output(str(directory / "metadata"))
     rows = small_rows([footer for of_note in notes.values() for footer in of_note])
     samples = rows.band_samples("nsfw_score", 0.0, 1.0, 8)
@@ -548,10 +549,10 @@ def test_samples_of_score_bands_and_their_images_are_the_same_with_and_without_s
     places = rows.locations(shown)
     assert places.keys() == {*shown}
     assert places == SparkRows(spark.read.parquet(str(directory / "metadata"))).locations(shown)
-    shards = samples_by_shard(shown, inputs, places)
-    drawn = thumbnails(shards)
-    assert drawn == draw_thumbnails(spark, shards)
-    assert drawn == thumbnails(samples_by_shard(shown, inputs, {}))
+    shards = samples_by_unit(shown, source, places)
+    drawn = thumbnails(shards, source)
+    assert drawn == draw_thumbnails(spark, shards, source)
+    assert drawn == thumbnails(samples_by_unit(shown, source, {}), source)
     assert [each.jpeg for each in data.thumbnails] == [drawn[sample] for sample in shown]
     assert len(drawn) == len(shown)
 

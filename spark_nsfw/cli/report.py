@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spark_nsfw.cli.arguments import Commands
@@ -10,7 +12,7 @@ from spark_nsfw.cli.exit_status import ExitStatus
 from spark_nsfw.cli.parser import share
 
 if TYPE_CHECKING:
-    from spark_nsfw.read.paths import ShardInputs
+    from spark_nsfw.read.source import ImageSource
     from spark_nsfw.use.report import ReportData
 
 __all__ = ["add_parser"]
@@ -36,8 +38,8 @@ def add_parser(commands: Commands) -> None:
         "--shards",
         nargs="+",
         metavar="INPUT",
-        help="the shards that were scored: adds images from every score band, blurred until "
-        "clicked",
+        help="the shards, tables or folders that were scored: adds images from every score band, "
+        "blurred until clicked",
     )
     parser.add_argument(
         "--score-column",
@@ -78,12 +80,12 @@ def _run(options: argparse.Namespace) -> int:
     refuse_page_file(options.output, [options.metadata, *roots])
     refuse_missing_libraries()
 
-    write_page(options.output, _collect(options, inputs))
+    write_page(options.output, _collect(options))
     print(f"report    {options.output}")
     return ExitStatus.DONE
 
 
-def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportData:
+def _collect(options: argparse.Namespace) -> ReportData:
     """Without Spark where the output is small."""
     from spark_nsfw.note import inspect_output
     from spark_nsfw.storage import absolute
@@ -100,6 +102,7 @@ def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportD
     }
     metadata = absolute(options.metadata)
     notes = inspect_output(metadata)
+    source = _source(options.shards, list(notes)) if options.shards else None
     footers = [footer for of_note in notes.values() for footer in of_note]
     rows = small_rows(footers, options.score_column, options.label_column)
     if rows is None:
@@ -107,16 +110,34 @@ def _collect(options: argparse.Namespace, inputs: ShardInputs | None) -> ReportD
         from spark_nsfw.spark.session import active_or_local_session
 
         return collect_report(
-            active_or_local_session(), metadata, **asked, inputs=inputs, notes=list(notes)
+            active_or_local_session(), metadata, **asked, source=source, notes=list(notes)
         )
-    data = collect(rows, metadata, list(notes), **asked, with_samples=inputs is not None)
-    if inputs is None:
+    data = collect(rows, metadata, list(notes), **asked, with_samples=source is not None)
+    if source is None:
         return data
-    from spark_nsfw.use.thumbnails import samples_by_shard, thumbnails
+    from spark_nsfw.use.thumbnails import refuse_none, samples_by_unit, thumbnails
 
     shown = samples_shown(data)
-    shards = samples_by_shard(shown, inputs, rows.locations(shown))
-    return with_images(data, thumbnails(shards))
+    units = samples_by_unit(shown, source, rows.locations(shown))
+    drawn = thumbnails(units, source)
+    refuse_none(drawn, units)
+    return with_images(data, drawn)
+
+
+def _source(paths: Sequence[str], notes: Sequence[str]) -> ImageSource:
+    """What was scored, read as it was then."""
+    from spark_nsfw.read.inputs import INPUT_FORMATS, InputOptions, open_source
+
+    note = json.loads(next(filter(None, notes), "{}"))
+    kind, read = note.get("inputs", {}).get("kind"), note.get("rows", {})
+    return open_source(
+        paths,
+        InputOptions(
+            format=kind if kind in INPUT_FORMATS else None,
+            image_column=read.get("image_column"),
+            id_col=read.get("id_col") if kind == "parquet" else None,
+        ),
+    )
 
 
 def _threshold(text: str) -> tuple[str, float]:

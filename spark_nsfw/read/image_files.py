@@ -201,6 +201,12 @@ class FilesSource:
                     left.append(replace(part, name=_name(directory, members), members=members))
         return left, doubled
 
+    def unit_named(self, name: str) -> Unit:
+        """The unit of a name that an output has, without listing any; its files are not known."""
+        directory = _directory(name)
+        place = self.inputs.place_of(f"{directory}/x" if directory else "x")
+        return Unit(name, place.rpartition("/")[0])
+
     def schema(
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:

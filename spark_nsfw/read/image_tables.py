@@ -137,6 +137,10 @@ class ParquetSource:
         """
         return self.inputs.list_units()
 
+    def unit_named(self, name: str) -> Unit:
+        """The unit of a name that an output has, without listing any."""
+        return Unit(name, self.inputs.place_of(name))
+
     def schema(
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:

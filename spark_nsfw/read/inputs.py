@@ -11,7 +11,7 @@ from spark_nsfw.read.image_files import FilesSource, suffixes_of
 from spark_nsfw.read.image_tables import ParquetSource
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
-from spark_nsfw.read.source import Source
+from spark_nsfw.read.source import ImageSource
 
 __all__ = ["INPUT_FORMATS", "InputOptions", "open_source"]
 
@@ -42,7 +42,7 @@ class InputOptions:
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
 
 
-def open_source(paths: _Paths, options: InputOptions | None = None) -> Source:
+def open_source(paths: _Paths, options: InputOptions | None = None) -> ImageSource:
     """The source of an input.
 
     Args:
@@ -60,7 +60,7 @@ def open_source(paths: _Paths, options: InputOptions | None = None) -> Source:
     return _OPENERS[format_](paths, options)
 
 
-def _shards(paths: _Paths, options: InputOptions) -> Source:
+def _shards(paths: _Paths, options: InputOptions) -> ImageSource:
     samples = SampleOptions(
         image_extensions=options.image_extensions,
         captions=options.captions,
@@ -69,7 +69,7 @@ def _shards(paths: _Paths, options: InputOptions) -> Source:
     return ShardSource(ShardInputs.parse(paths), samples, options.columns)
 
 
-def _parquet(paths: _Paths, options: InputOptions) -> Source:
+def _parquet(paths: _Paths, options: InputOptions) -> ImageSource:
     return ParquetSource.open(
         paths,
         image_column=options.image_column,
@@ -78,11 +78,11 @@ def _parquet(paths: _Paths, options: InputOptions) -> Source:
     )
 
 
-def _files(paths: _Paths, options: InputOptions) -> Source:
+def _files(paths: _Paths, options: InputOptions) -> ImageSource:
     return FilesSource.of(paths, options.image_extensions)
 
 
-_OPENERS: dict[str, Callable[[_Paths, InputOptions], Source]] = {
+_OPENERS: dict[str, Callable[[_Paths, InputOptions], ImageSource]] = {
     "webdataset": _shards,
     "parquet": _parquet,
     "files": _files,

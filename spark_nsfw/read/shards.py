@@ -224,6 +224,10 @@ class ShardSource:
         """
         return self.inputs.list_units()
 
+    def unit_named(self, name: str) -> Unit:
+        """The unit of a name that an output has, without listing any."""
+        return Unit(name, self.inputs.place_of(name))
+
     def schema(
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-__all__ = ["GrowingSource", "Rows", "Source", "Unit"]
+__all__ = ["GrowingSource", "ImageSource", "Rows", "Source", "Unit"]
 
 #: Rows of one unit: a batch of their columns, and apart from it, so that they are not
 #: copied, what each is scored by: its encoded image or None, or a list array (N,) of
@@ -90,8 +90,20 @@ class Source(Protocol):
         ...
 
 
+class ImageSource(Source, Protocol):
+    """A source of images."""
+
+    def unit_named(self, name: str) -> Unit:
+        """The unit of a name that an output has, without listing any.
+
+        Raises:
+            StorageError: it cannot be found out now.
+        """
+        ...
+
+
 @runtime_checkable
-class GrowingSource(Source, Protocol):
+class GrowingSource(ImageSource, Protocol):
     """A source whose units get more samples later on, which are units of their own then."""
 
     def remaining(

@@ -15,7 +15,7 @@ from pyspark.sql.types import DoubleType, FloatType
 from pyspark.sql.window import Window
 
 from spark_nsfw.note import PROVENANCE, inspect_output
-from spark_nsfw.read.paths import ShardInputs
+from spark_nsfw.read.source import ImageSource
 from spark_nsfw.schema import KEY, LOCATION_COLUMNS, SHARD, STATUS, Status
 from spark_nsfw.spark.session import session_settings
 from spark_nsfw.spark.stores import adopt_stores
@@ -25,7 +25,7 @@ from spark_nsfw.use.agreement import Decisions
 from spark_nsfw.use.collect import collect, samples_shown, with_images
 from spark_nsfw.use.report import NUM_BANDS, NUM_BINS, ReportData, ShardCounts, Thumbnail
 from spark_nsfw.use.thresholds import MAX_EXACT_SCORES
-from spark_nsfw.use.thumbnails import samples_by_shard
+from spark_nsfw.use.thumbnails import refuse_none, samples_by_unit
 
 __all__ = ["SparkRows", "collect_report"]
 
@@ -42,7 +42,7 @@ def collect_report(
     other_thresholds: Mapping[str, float] | None = None,
     label_column: str | None = None,
     wanted_recall: float = 0.95,
-    inputs: ShardInputs | None = None,
+    source: ImageSource | None = None,
     notes: Sequence[str] | None = None,
 ) -> ReportData:
     """Count what `spark_nsfw.use.page.render` shows, whatever the output's size.
@@ -52,7 +52,7 @@ def collect_report(
         metadata: an output of ``spark-nsfw score`` or ``classify``.
         score_column, threshold, other_thresholds, label_column, wanted_recall: as for
             `spark_nsfw.use.collect.collect`.
-        inputs: where the shards are; with them there are contact sheets.
+        source: what was scored; with it there are contact sheets.
         notes: what `inspect_output` has told already.
 
     Raises:
@@ -70,13 +70,15 @@ def collect_report(
         other_thresholds=other_thresholds,
         label_column=label_column,
         wanted_recall=wanted_recall,
-        with_samples=inputs is not None,
+        with_samples=source is not None,
     )
-    if inputs is None:
+    if source is None:
         return data
     shown = samples_shown(data)
-    shards = samples_by_shard(shown, inputs, rows.locations(shown))
-    return with_images(data, draw_thumbnails(spark, shards))
+    units = samples_by_unit(shown, source, rows.locations(shown))
+    drawn = draw_thumbnails(spark, units, source)
+    refuse_none(drawn, units)
+    return with_images(data, drawn)
 
 
 class SparkRows:

@@ -83,8 +83,7 @@ def refuse_export(
     if not files:
         raise InputError(f"{metadata} does not exist, or has no metadata in it")
     refuse_foreign_output(output)
-    if not allow_moved:
-        _refuse_other_root(metadata, _note(files), inputs)
+    _refuse_other_inputs(metadata, _note(files), inputs, allow_moved)
 
 
 def _places(inputs: ShardInputs) -> list[str]:
@@ -101,9 +100,17 @@ def _note(files: list[str]) -> dict[str, Any]:
             return {}  # Spark will say what is wrong with it
 
 
-def _refuse_other_root(metadata: str, note: dict[str, Any], inputs: ShardInputs) -> None:
+def _refuse_other_inputs(
+    metadata: str, note: dict[str, Any], inputs: ShardInputs, allow_moved: bool
+) -> None:
     scored = note.get("inputs", {})
-    if "roots" not in scored or scored.get("kind", "webdataset") != "webdataset":
+    kind = scored.get("kind", "webdataset")
+    if kind in ("parquet", "files"):
+        raise InputError(
+            f"{metadata} was made from {kind}, and export copies samples of shards: take the rows "
+            "to keep from the metadata, by shard and key (docs/inputs.md)"
+        )
+    if allow_moved or "roots" not in scored or kind != "webdataset":
         return  # written before roots were noted, or of stored embeddings
     places = [scored.get("filesystem", "") + root for root in scored["roots"]]
     for given in _places(inputs):

@@ -5,67 +5,107 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import BinaryIO
 
 from spark_nsfw.errors import ImageError, InputError, ShardError
 from spark_nsfw.read.images import read_located
-from spark_nsfw.read.paths import ShardInputs
-from spark_nsfw.read.shards import IMAGE_EXTENSIONS
+from spark_nsfw.read.shards import IMAGE_EXTENSIONS, ShardSource
+from spark_nsfw.read.source import ImageSource, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Member, iter_runs, split_name
+from spark_nsfw.schema import KEY
 from spark_nsfw.score.pixels import decode_image, encode_jpeg
 from spark_nsfw.storage import RetryingFile, open_input
 
-__all__ = ["LocatedSample", "ShardSamples", "iter_thumbnails", "samples_by_shard", "thumbnails"]
+__all__ = [
+    "LocatedSample",
+    "UnitSamples",
+    "iter_thumbnails",
+    "refuse_none",
+    "samples_by_unit",
+    "thumbnails",
+]
 
 _THUMBNAIL_SIDE = 160
 
 #: A sample's key, and where its image begins in its shard and its bytes; None if not known.
 LocatedSample = tuple[str, int | None, int | None]
 
-#: A shard's name and URL, and the samples that are wanted of it.
-ShardSamples = tuple[str, str, Sequence[LocatedSample]]
+#: A unit's name and place, and the samples that are wanted of it.
+UnitSamples = tuple[str, str, Sequence[LocatedSample]]
 
 
-def samples_by_shard(
+def samples_by_unit(
     samples: Iterable[tuple[str, str]],
-    inputs: ShardInputs,
+    source: ImageSource,
     locations: Mapping[tuple[str, str], tuple[int, int]],
-) -> list[ShardSamples]:
-    """Samples, by shard and key, as they lie in the inputs.
+) -> list[UnitSamples]:
+    """Samples, by shard and key, as they lie in the input.
 
     Args:
         samples: shard and key of each.
-        inputs: where the shards are.
+        source: what was scored.
         locations: where an image begins in its shard and its bytes, as far as is known.
-
-    Raises:
-        InputError: a shard is not among the inputs.
     """
-    url_of = {unit.name: unit.place for unit in inputs.list_units()}
     wanted: dict[str, list[LocatedSample]] = {}
     for shard, key in dict.fromkeys(samples):
-        if shard not in url_of:
-            raise InputError(f"shard {shard} is not below {', '.join(inputs.roots)}")
         located = (key, *locations.get((shard, key), (None, None)))
         wanted.setdefault(shard, []).append(located)
-    return [(shard, url_of[shard], located) for shard, located in wanted.items()]
+    return [(shard, source.unit_named(shard).place, located) for shard, located in wanted.items()]
 
 
-def thumbnails(shards: Sequence[ShardSamples]) -> dict[tuple[str, str], bytes]:
+def thumbnails(units: Sequence[UnitSamples], source: ImageSource) -> dict[tuple[str, str], bytes]:
     """JPEGs of those images that can still be read, by shard and key."""
 
-    def draw(one: ShardSamples) -> list[tuple[tuple[str, str], bytes]]:
-        shard, url, samples = one
-        return [((shard, key), jpeg) for key, jpeg in iter_thumbnails(url, samples)]
+    def draw(one: UnitSamples) -> list[tuple[tuple[str, str], bytes]]:
+        return [((one[0], key), jpeg) for key, jpeg in iter_thumbnails(one, source)]
 
     with ThreadPoolExecutor(16) as pool:
-        return dict(drawn for of_shard in pool.map(draw, shards) for drawn in of_shard)
+        return dict(drawn for of_unit in pool.map(draw, units) for drawn in of_unit)
 
 
-def iter_thumbnails(url: str, samples: Iterable[LocatedSample]) -> Iterator[tuple[str, bytes]]:
-    """Key and JPEG of each of these samples of a shard; no other one's content is read."""
+def refuse_none(drawn: Mapping[tuple[str, str], bytes], units: Sequence[UnitSamples]) -> None:
+    """Refuse an input of which not one image could be read.
+
+    Raises:
+        InputError: names a place where there should have been some.
+    """
+    if units and not drawn:
+        raise InputError(
+            f"none of the images could be read, such as {units[0][2][0][0]} of {units[0][1]}: "
+            "is that what was scored?"
+        )
+
+
+def iter_thumbnails(unit: UnitSamples, source: ImageSource) -> Iterator[tuple[str, bytes]]:
+    """Key and JPEG of each of a unit's samples that can still be read."""
+    name, place, samples = unit
+    if isinstance(source, ShardSource):
+        images = _of_shard(place, samples)
+    else:
+        images = _of_unit(Unit(name, place), [key for key, _, _ in samples], source)
+    with suppress(ShardError, OSError):
+        for key, image in images:
+            with suppress(ImageError):
+                yield key, encode_jpeg(decode_image(image, _THUMBNAIL_SIDE))
+
+
+def _of_unit(unit: Unit, keys: Sequence[str], source: ImageSource) -> Iterator[tuple[str, bytes]]:
+    """Key and image of samples; of a table, all rows up to the last of them are read."""
+    wanted = set(keys)
+    for rows, images in source.read(replace(unit, members=tuple(keys)), source.schema()):
+        for key, image in zip(rows.column(KEY).to_pylist(), images, strict=True):
+            if key in wanted and image is not None:
+                wanted.remove(key)
+                yield key, image
+        if not wanted:
+            return
+
+
+def _of_shard(url: str, samples: Iterable[LocatedSample]) -> Iterator[tuple[str, bytes]]:
+    """Key and image of samples; no other one's content is read."""
     missing = set()
-    with suppress(OSError), closing(RetryingFile(url)) as file:
+    with closing(RetryingFile(url)) as file:
         for key, offset, num_bytes in samples:
             try:
                 if offset is None or num_bytes is None:
@@ -74,21 +114,18 @@ def iter_thumbnails(url: str, samples: Iterable[LocatedSample]) -> Iterator[tupl
             except ShardError:
                 missing.add(key)
             else:
-                with suppress(ImageError):
-                    yield key, encode_jpeg(decode_image(image, _THUMBNAIL_SIDE))
+                yield key, image
     if missing:
         yield from _look_for(url, missing)
 
 
 def _look_for(url: str, keys: set[str]) -> Iterator[tuple[str, bytes]]:
-    """As `iter_thumbnails`, with a walk along the headers of the shard."""
-    with suppress(ShardError, OSError), open_input(url) as stream:
+    """Key and image of samples of a shard, by a walk along its headers."""
+    with open_input(url) as stream:
         for key, run in iter_runs(stream):
             if key in keys:
                 keys.remove(key)
-                with suppress(ImageError):
-                    image = _read_image(stream, run)
-                    yield key, encode_jpeg(decode_image(image, _THUMBNAIL_SIDE))
+                yield key, _read_image(stream, run)
             if not keys:
                 return
 
