@@ -1,6 +1,8 @@
 """The Python of README and docs/python.md runs as it stands, on small data and a small tower."""
 
+import importlib
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from pyspark import cloudpickle
 from torch import nn
 
 from spark_nsfw import (
@@ -71,6 +74,39 @@ def test_images_are_read_as_documented(tmp_path, detector_path):
     assert len(names["images"]) == 9
     again = embedder.embed(names["images"], device="cpu")
     assert np.array_equal(again, np.stack(names["worst"]["image_embedding"]))
+
+
+INPUTS = (ROOT / "docs" / "inputs.md").read_text()
+
+
+def test_the_input_of_ones_own_runs(spark, tmp_path, jpegs, monkeypatch, capsys):
+    join, source, run = re.findall(r"```python\n(.*?)```", INPUTS, re.DOTALL)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "zips.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    cloudpickle.register_pickle_by_value(importlib.import_module("zips"))
+    (tmp_path / "zips").mkdir()
+    with zipfile.ZipFile(tmp_path / "zips" / "a.zip", "w") as archive:
+        for index, jpeg in enumerate([*jpegs[:3], b"no image"]):
+            archive.writestr(f"{index}.jpg", jpeg)
+    tower = '"vit_large_patch14_clip_quickgelu_224.openai"'
+    assert tower in run
+    run = run.replace(tower, '"test_vit2", embedding_size=768').replace("/path/to", str(tmp_path))
+    for told in (
+        "3 scored, 1 failed",
+        "3 scored, 1 failed",
+    ):  # the second time there is nothing to do
+        exec(run.replace("pretrained=True", "pretrained=False"), {})
+        assert told in capsys.readouterr().out
+    found = pd.read_parquet(tmp_path / "metadata")
+    assert found["nsfw_score"].notna().sum() == 3
+    assert len(source.splitlines()) <= 45
+    clean = [f"{index}.jpg" for index, score in enumerate(found["nsfw_score"]) if score < 0.2]
+    table = pd.DataFrame({"uid": [f"{index}.jpg" for index in range(4)], "label": range(4)})
+    (tmp_path / "table").mkdir()
+    table.to_parquet(tmp_path / "table" / "0.parquet")
+    exec(join.replace("/path/to", str(tmp_path)), {})
+    assert sorted(pd.read_parquet(tmp_path / "clean")["uid"]) == clean
 
 
 def test_there_are_three_ways_to_use_it():

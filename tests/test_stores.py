@@ -39,7 +39,8 @@ def test_every_command_works_on_s3(
     assert collected(spark.read.parquet(f"s3a://{bucket}/out")) == s3_rows
     found = keys(client, bucket)
     # Nothing is left of a committer's work; with the magic one files appear where they belong.
-    assert not [key for key in found if "__magic" in key or "_temporary" in key]
+    left = [key for key in found if "__magic" in key or "_temporary" in key]
+    assert not [key for key in left if not key.endswith("/")]  # this server keeps empty folders
     copies = [r for r in gateway.requests if "x-amz-copy-source" in r[2]]
     assert bool(copies) != with_cloud()
     before = len(gateway.requests)
@@ -75,7 +76,7 @@ def test_every_command_works_on_s3(
     files = MetadataFiles.at(f"{place}/out").files()
     assert len(files) == 4
     for shard in files:
-        (key,) = [k for k in found if f"shard={shard}/" in k]
+        (key,) = [k for k in found if f"shard={shard}/" in k and k[-1] != "/"]
         body = client.get_object(Bucket=bucket, Key=key)["Body"].read()
         assert SECRET_KEY.encode() not in body
         assert pq.read_table(io.BytesIO(body)).num_rows == 6
