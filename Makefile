@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/
 # What test-spark35 and test-spark40 run: all tests, or those that are named.
 TESTS ?=
 
-.PHONY: demo test test-rapids test-stores test-spark35 test-spark40 lint bench bench-peers bench-stores clean
+.PHONY: demo test test-rapids test-stores test-layouts test-spark35 test-spark40 lint bench bench-peers bench-stores clean
 
 demo: $(VENV)/.ready
 	$(RUN)python -m examples.demo demo
@@ -24,6 +24,17 @@ test-stores: .stores/.ready
 
 .stores/.ready: scripts/fetch_stores.sh $(VENV)/.ready
 	VENV=$(VENV) scripts/fetch_stores.sh
+
+# Inputs that other programs write, written by them: Hugging Face's datasets, and img2dataset. Its
+# requirement `dataclasses` would stand before Python's own.
+test-layouts: .layouts/.ready
+	$(RUN)python -m pytest -m layouts
+
+.layouts/.ready: constraints-layouts.txt $(VENV)/.ready
+	rm -rf .layouts
+	$(RUN)pip install -q --disable-pip-version-check --target .layouts -r $<
+	rm -f .layouts/dataclasses.py
+	touch $@
 
 # The same tests on another Spark, which stands before the environment's own on the Python path.
 test-spark35 test-spark40: test-%: .%/.ready
@@ -64,4 +75,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup.sh
 	touch $@
 
 clean:
-	rm -rf $(VENV) .spark35 .spark40 .peers .stores demo build dist *.egg-info
+	rm -rf $(VENV) .spark35 .spark40 .peers .layouts .stores demo build dist *.egg-info

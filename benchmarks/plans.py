@@ -1,6 +1,7 @@
 """The same shards, the same small tower, three ways taking turns: ``python -m benchmarks.plans``.
 
-(a) the core's scorer in one process, without Spark; (b) the fused plan; (c) the DataFrame plan.
+(a) the core's scorer in one process, without Spark; (b) the fused plan; (c) the DataFrame plan;
+(d) and (e) the fused plan on the same images in Parquet files and in folders of files.
 Every way has the same cores. Starting processes and loading models is not timed. Spark's results
 go to its ``noop`` sink. ``benchmarks.peers`` compares with other systems.
 """
@@ -29,6 +30,7 @@ from spark_nsfw import (
     read_webdataset,
     score_samples,
 )
+from spark_nsfw.read.inputs import open_source
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import ShardSource
 from spark_nsfw.score.recipe import Recipe
@@ -53,9 +55,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        write_photograph_shards(directory, options.shards, options.images)
+        write_photograph_shards(directory / "tar", options.shards, options.images)
+        copy_images(directory)
         ways = {
-            "a: core": core(directory, options.detector, cores),
+            "a: core": core(directory / "tar", options.detector, cores),
             **spark_ways(directory, options.detector, cores),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -82,6 +85,29 @@ def main() -> None:
             for name, rate in rates.items()
         ],
     )
+
+
+def copy_images(directory: Path) -> None:
+    """The images of the shards in Parquet files and folders, one for each shard."""
+    import tarfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (directory / "parquet").mkdir()
+    for path in (directory / "tar").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            members = [m for m in archive if m.name.endswith(".jpg")]
+            images = {m.name: archive.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+        pq.write_table(
+            pa.table({"key": [*images], "image": [*images.values()]}),
+            directory / "parquet" / f"{path.stem}.parquet",
+            row_group_size=100,
+        )
+        folder = directory / "files" / path.stem
+        folder.mkdir(parents=True)
+        for name, image in images.items():
+            (folder / name).write_bytes(image)
 
 
 def embedder(detector: str, threads: int) -> TimmImageEmbedder:
@@ -119,8 +145,12 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
         .getOrCreate()
     )
     spark.sparkContext.setLogLevel("OFF")
-    source = ShardSource(ShardInputs.parse(str(directory)), columns=())
+    source = ShardSource(ShardInputs.parse(str(directory / "tar")), columns=())
     units = source.units()
+    others = {
+        "d: fused plan, Parquet": open_source(directory / "parquet"),
+        "e: fused plan, files": open_source(directory / "files"),
+    }
     ours = embedder(detector, 1)
     recipe = Recipe.of(ours, device="cpu").ready()
 
@@ -140,9 +170,15 @@ def spark_ways(directory: Path, detector: str, cores: int) -> dict[str, Callable
         ),
         "c: DataFrame plan": through(
             lambda: score_samples(
-                read_webdataset(spark, str(directory), columns=[]), ours, device="cpu"
+                read_webdataset(spark, str(directory / "tar"), columns=[]), ours, device="cpu"
             )
         ),
+        **{
+            name: through(
+                lambda s=s: metadata_rows(spark, s.units(), s, recipe, s.schema())  # type: ignore[misc]
+            )
+            for name, s in others.items()
+        },
     }
 
 
@@ -150,7 +186,7 @@ def options_images(directory: Path) -> int:
     import tarfile
 
     count = 0
-    for path in directory.glob("*.tar"):
+    for path in (directory / "tar").glob("*.tar"):
         with tarfile.open(path) as archive:
             count += sum(name.endswith(".jpg") for name in archive.getnames())
     return count

@@ -318,6 +318,11 @@ def test_what_lies_there_says_the_format(tmp_path, jpegs):
     assert open_source(tmp_path).describe()["inputs"]["kind"] == "files"
     write(tmp_path / "a.parquet", jpg=[jpegs[0]])
     assert open_source(tmp_path).describe()["inputs"]["kind"] == "parquet"
+    write(tmp_path / "a.parquet", url=["a.jpg"])  # beside files it only tells of them
+    assert open_source(tmp_path).describe()["inputs"]["kind"] == "files"
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert open_source(tmp_path).describe()["inputs"]["kind"] == "files"
+    write(tmp_path / "a.parquet", jpg=[jpegs[0]])
     assert open_source(f"{tmp_path}/*.jpg").describe()["inputs"]["kind"] == "files"
     write_shard(tmp_path / "deep" / "a.tar", [("k", [("jpg", jpegs[0])])])
     assert open_source(tmp_path).describe()["inputs"]["kind"] == "webdataset"
@@ -328,6 +333,15 @@ def test_what_lies_there_says_the_format(tmp_path, jpegs):
         NothingToReadError, match=r"nothing does not exist, or has no shard \(\*\.t"
     ):
         open_source(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.zst"])
+def test_compressed_shards_are_not_passed_over(tmp_path, jpegs, suffix):
+    write_shard(tmp_path / "a.tar", [("k", [("jpg", jpegs[0])])])
+    (tmp_path / f"b.{suffix}").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"b\.{suffix} is compressed, .*: decompress it"):
+        open_source(tmp_path)
+    assert len(open_source(tmp_path, InputOptions(format="webdataset")).units()) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from spark_nsfw.read.tar import MAX_MEMBER_BYTES
 from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, KEY, SHARD, STATUS, Status, sample_schema
 from spark_nsfw.storage import open_input
 
-__all__ = ["ParquetSource"]
+__all__ = ["ParquetSource", "has_images"]
 
 #: Rows in an Arrow batch, at most, and the bytes of images that it has on average.
 _BATCH_ROWS, _BATCH_BYTES = 256, 32 << 20
@@ -270,6 +270,16 @@ def _holds_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         return any(field.name == "bytes" and _is_binary(field.type) for field in type_)
     return _is_binary(type_)
+
+
+def has_images(url: str) -> bool:
+    """Whether a Parquet file has a column that can hold encoded images.
+
+    Raises:
+        StorageError: it cannot be read now.
+    """
+    found = footer(url)
+    return found is not None and any(_holds_images(field.type) for field in found)
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, place: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spark_nsfw.errors import InputError, NothingToReadError
 from spark_nsfw.read.image_files import FilesSource, suffixes_of
-from spark_nsfw.read.image_tables import ParquetSource
+from spark_nsfw.read.image_tables import ParquetSource, has_images
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS, SampleOptions, ShardSource
 from spark_nsfw.read.source import ImageSource
@@ -17,8 +17,13 @@ __all__ = ["INPUT_FORMATS", "InputOptions", "open_source"]
 
 _Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: Of an input, looked for in this order: Parquet files beside shards are their sidecars.
+#: Of an input, looked for in this order: Parquet files beside shards are their sidecars, and those
+#: beside image files, if they hold no images, a list of these.
 INPUT_FORMATS = ("webdataset", "parquet", "files")
+
+
+#: Shards that nobody reads, and that would be missed.
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,15 @@ def _format_of(paths: _Paths, options: InputOptions) -> str:
 
     Raises:
         NothingToReadError: nothing that can be read.
+        InputError: a shard is compressed.
     """
     suffixes = {
         "webdataset": (".tar",),
         "parquet": (".parquet",),
         "files": suffixes_of(options.image_extensions),
     }
-    inputs = ShardInputs.parse(paths, tuple(s for several in suffixes.values() for s in several))
+    every = (*(s for several in suffixes.values() for s in several), *_COMPRESSED)
+    inputs = ShardInputs.parse(paths, every)
     try:
         found = inputs.list_files()
     except NothingToReadError as exc:
@@ -126,8 +133,16 @@ def _format_of(paths: _Paths, options: InputOptions) -> str:
             f"{', '.join(inputs.patterns)} does not exist, or has no shard (*.tar), no *.parquet "
             f"and no image file (*.{', *.'.join(options.image_extensions[:4])}, …) in it"
         ) from exc
-    return next(
-        format_
+    compressed = next((path for path in found if path.endswith(_COMPRESSED)), None)
+    if compressed is not None:
+        raise InputError(
+            f"{compressed} is compressed, and shards are read as they are: decompress it (gunzip, "
+            "unzstd), which costs little space, since images are compressed already"
+        )
+    first = {
+        format_: next((path for path in found if path.endswith(suffixes[format_])), None)
         for format_ in INPUT_FORMATS
-        if any(path.endswith(suffixes[format_]) for path in found)
-    )
+    }
+    if first["files"] and first["parquet"] and not has_images(first["parquet"]):
+        first["parquet"] = None  # it tells of the files, as img2dataset's does
+    return next(format_ for format_ in INPUT_FORMATS if first[format_])
