@@ -1,5 +1,6 @@
 """Folders of image files: the units, reading them, and what later runs make of new files."""
 
+import os
 import threading
 import time
 from dataclasses import replace
@@ -259,6 +260,33 @@ def test_a_file_that_vanished_is_a_row(tmp_path):
     ((rows, images),) = source.read(unit, source.schema())
     assert rows["status"].to_pylist() == ["image_missing", "ok"]
     assert images == [None, b"x"]
+
+
+def test_names_that_are_not_utf8_are_names_all_the_same(tmp_path):
+    odd = os.fsdecode(b"\xff \xe4.jpg")
+    write(tmp_path, "a b@c/x y.jpg", f"a b@c/{odd}", "ü/ж.jpg")
+    source = FilesSource.of(tmp_path)
+    keys = {}
+    for unit in source.units():
+        ((rows, images),) = source.read(unit, source.schema())
+        keys[unit.name] = rows["key"].to_pylist()
+        read = [b"x" if "\\x" not in key else None for key in keys[unit.name]]
+        assert images == read
+        for key, message in zip(keys[unit.name], rows["error_message"].to_pylist(), strict=True):
+            assert (message is None) == ("\\x" not in key)
+            assert message is None or message.endswith(
+                r"\xff \xe4.jpg is no name in UTF-8: rename the file"
+            )
+    assert [*keys.values()] == [["x y.jpg", r"\xff \xe4.jpg"], ["ж.jpg"]]
+    assert [name.rpartition("@")[0] for name in keys] == ["a b@c", "ü"]
+    write(tmp_path, "a b@c/z.jpg")
+    done = {name: {*of} for name, of in keys.items()}
+    units, _ = source.remaining(source.units(), done, lambda names: done)
+    assert [unit.members for unit in units if unit.name not in done] == [("z.jpg",)]
+    (tmp_path / os.fsdecode(b"d\xff")).mkdir()
+    write(tmp_path, os.fsdecode(b"d\xff/1.jpg"))
+    with pytest.raises(InputError, match=r"d\\xff is no name in UTF-8: rename this folder"):
+        source.units()
 
 
 def test_files_of_a_bucket_are_read(s3, jpegs):

@@ -83,6 +83,9 @@ def read_files(urls: Iterable[str | None], max_bytes: int = MAX_MEMBER_BYTES) ->
                     return ReadFile(file.read_at(0, file.size))
                 message = f"{url} has {file.size:,} bytes, the limit is {max_bytes:,}"
                 return ReadFile(None, Status.MEMBER_OVERSIZED, message)
+        except UnicodeEncodeError:  # pyarrow opens no such file
+            message = f"{_key(url)} is no name in UTF-8: rename the file"
+            return ReadFile(None, Status.IMAGE_MISSING, message)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return ReadFile(None, Status.IMAGE_MISSING, f"{url} does not exist, or is no file")
 
@@ -146,7 +149,7 @@ class FilesSource:
 
         Raises:
             NothingToReadError: there are none, or one that was named is missing.
-            InputError: two directories would have one name.
+            InputError: two directories would have one name, or one has a name that is not UTF-8.
         """
         directories: dict[str, dict[str, FileEntry]] = {}
         for path, entry in self.inputs.list_files().items():
@@ -156,6 +159,8 @@ class FilesSource:
         units: list[Unit] = []
         for place, files in directories.items():
             name = self._directory_name(place)
+            if name != _key(name):
+                raise InputError(f"{_key(place)} is no name in UTF-8: rename this folder")
             other = place_of.setdefault(name, place)
             if other != place:
                 raise InputError(
@@ -187,14 +192,14 @@ class FilesSource:
         left: list[Unit] = []
         doubled: list[str] = []
         for directory, parts in planned.items():
-            taken = {name for part in parts if part.name in done for name in part.members}
+            taken = {_key(name) for part in parts if part.name in done for name in part.members}
             for name in stale.get(directory, ()):
                 if keys[name].isdisjoint(taken):
                     taken |= keys[name]
                 else:  # two runs saw different files at the same time
                     doubled.append(name)
             for part in parts:
-                members = tuple(name for name in part.members if name not in taken)
+                members = tuple(name for name in part.members if _key(name) not in taken)
                 if part.name in done or len(members) == len(part.members):
                     left.append(part)
                 elif members:
@@ -225,7 +230,7 @@ class FilesSource:
         read: list[ReadFile] = []
         num_bytes = 0
         for name, file in zip(unit.members, read_files(urls, self.max_image_bytes), strict=True):
-            keys.append(name)
+            keys.append(_key(name))
             read.append(file)
             num_bytes += len(file.content or b"")
             if len(keys) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
@@ -233,6 +238,11 @@ class FilesSource:
                 keys, read, num_bytes = [], [], 0
         if keys:
             yield _rows(unit.name, keys, read, schema)
+
+
+def _key(name: str) -> str:
+    r"""A file's name as text: what is not UTF-8 in it as ``\xff``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _directory(name: str) -> str:

@@ -203,9 +203,13 @@ class MetadataFiles:
             for name in self._doubled(unit, files)
         ]
         if doubled:
-            crcs = [re.sub(r"([^/]+)\Z", r".\1.crc", name) for name in doubled]
-            delete_files([self._url_of(name) for name in (*doubled, *crcs)])
+            self._delete(doubled)
         return set(units)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        """Delete files, and the checksums that Hadoop keeps beside local ones."""
+        crcs = [re.sub(r"([^/]+)\Z", r".\1.crc", name) for name in names]
+        delete_files([self._url_of(name) for name in (*names, *crcs)])
 
     def keys(self, units: Iterable[str]) -> dict[str, set[str]]:
         """The keys of the rows of each of some units; none of a unit that has no rows.
@@ -229,7 +233,7 @@ class MetadataFiles:
         names = list(units)
         if names:
             files = self._data_files()
-            delete_files([self._url_of(file.name) for unit in names for file in files[unit]])
+            self._delete([file.name for unit in names for file in files.get(unit, ())])
 
     def _doubled(self, unit: str, files: list[FileEntry]) -> Iterator[str]:
         """Of a unit's files, those that hold its rows a second time."""
