@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from scoring import run_into
@@ -86,7 +85,7 @@ def test_large_directories_are_cut_into_parts(files, parts):
     names = [name for part in found for name in part]
     assert sorted(names) == sorted(entries(files))
     assert len({*names}) == files
-    assert all(list(part) == sorted(part) for part in found)
+    assert all([*part] == sorted(part) for part in found)
     assert max(map(len, found)) < 1.3 * files / parts + 1
 
 
@@ -94,7 +93,7 @@ def test_a_file_stays_in_its_part_as_others_come(monkeypatch):
     few, many = (list(_parts(entries(number))) for number in (5000, 6000))
     assert len(few) == len(many) == 8
     for before, after in zip(few, many, strict=True):
-        assert before.keys() <= after.keys()
+        assert {*before} <= {*after}
 
 
 # What is left to do
@@ -161,21 +160,85 @@ def test_parts_that_are_cut_anew_keep_what_is_done(tmp_path, monkeypatch):
     assert (len({unit.name for unit in units}), doubled) == (len(units), [])
 
 
-def test_of_units_with_a_file_in_common_one_is_given_up(tmp_path):
+def test_of_units_with_files_in_common_the_larger_stays_whoever_looks(tmp_path):
     write(tmp_path, "1.jpg", "2.jpg")
     source = FilesSource.of(tmp_path)
     (both,) = source.units()
     write(tmp_path, "3.jpg")
     (three,) = source.units()
-    one = replace(both, name="@000000000000", members=("1.jpg", "4.jpg"))
-    keys = {unit.name: {*unit.members} for unit in (one, both, three)}
+    keys = {unit.name: {*unit.members} for unit in (both, three)}
     # A run saw two files, another one three at the same time.
-    done = {both.name, three.name}
-    assert source.remaining([three], done, lambda names: keys) == ([three], [both.name])
-    # Of two that are older, the first name stays, and what the other had is done anew.
-    units, doubled = source.remaining([three], {one.name, both.name}, lambda names: keys)
+    units, doubled = source.remaining([three], keys, lambda names: keys)
+    assert [unit for unit in units if unit.name not in keys] == []
     assert doubled == [both.name]
-    assert [unit.members for unit in units] == [("2.jpg", "3.jpg")]
+    # So it is for one that sees a fourth.
+    write(tmp_path, "4.jpg")
+    units, doubled = source.remaining(source.units(), keys, lambda names: keys)
+    assert doubled == [both.name]
+    assert [unit.members for unit in units if unit.name not in keys] == [("4.jpg",)]
+
+
+def test_a_unit_with_files_of_its_own_goes_when_another_has_them_too(tmp_path):
+    write(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    source = FilesSource.of(tmp_path)
+    keys = {"@aaaaaaaaaaaa": {"1.jpg", "2.jpg"}, "@bbbbbbbbbbbb": {"2.jpg", "3.jpg"}}
+    units, doubled = source.remaining(source.units(), keys, lambda names: keys)
+    assert doubled == []
+    assert [unit.members for unit in units] == [("3.jpg",)]
+    keys |= {units[0].name: {"3.jpg"}}
+    units, doubled = source.remaining(source.units(), keys, lambda names: keys)
+    assert (units, doubled) == ([], ["@bbbbbbbbbbbb"])
+
+
+def test_rows_of_files_that_are_gone_are_never_given_up(tmp_path):
+    write(tmp_path, "1.jpg", "2.jpg")  # and no 3.jpg any more
+    source = FilesSource.of(tmp_path)
+    keys = {"@aaaaaaaaaaaa": {"1.jpg", "2.jpg"}, "@bbbbbbbbbbbb": {"1.jpg", "3.jpg"}}
+    assert source.remaining(source.units(), keys, lambda names: keys) == ([], [])
+
+
+def test_a_unit_that_was_set_aside_gives_way_once_its_folder_is_planned_anew(tmp_path):
+    write(tmp_path, "1.jpg")
+    source = FilesSource.of(tmp_path)
+    (crashed,) = source.units()
+    assert source.remaining([crashed], {crashed.name}, keys_never) == ([crashed], [])
+    write(tmp_path, "2.jpg")
+    keys = {crashed.name: set()}
+    units, doubled = source.remaining(source.units(), keys, lambda names: keys)
+    assert [unit.members for unit in units] == [("1.jpg", "2.jpg")]
+    assert doubled == [crashed.name]
+
+
+def test_new_files_of_a_large_folder_are_few_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_FILES_PER_UNIT", 8)
+    write(tmp_path, *(f"{i}.jpg" for i in range(64)))
+    source = FilesSource.of(tmp_path)
+    keys = {unit.name: {*unit.members} for unit in source.units()}
+    assert len(keys) == 8
+    write(tmp_path, *(f"new{i}.jpg" for i in range(8)))
+    units, _ = source.remaining(source.units(), keys, lambda names: keys)
+    (new,) = [unit for unit in units if unit.name not in keys]
+    assert len(new.members) == 8
+
+
+def test_files_that_are_being_written_are_not_there_yet(tmp_path):
+    write(tmp_path, "old.jpg", "new.jpg")
+    source = FilesSource.of(tmp_path, settle_seconds=30)
+    with pytest.raises(NothingToReadError, match="no file has settled yet"):
+        source.units()
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / "old.jpg", (hour_ago, hour_ago))
+    (unit,) = source.units()
+    assert unit.members == ("old.jpg",)
+    assert unit.modified_seconds == pytest.approx(hour_ago)
+
+
+def test_the_folder_of_a_unit_is_found_below_several_roots(tmp_path):
+    write(tmp_path, "A/cats/1.jpg", "B/dogs/2.jpg", "B/dogs/big/3.jpg")
+    source = FilesSource.of([tmp_path / "A", tmp_path / "B"])
+    for unit in source.units():
+        assert source.unit_named(unit.name).place == unit.place
+    assert len(source.units()) == 3
 
 
 # Reading
@@ -252,14 +315,23 @@ def test_batches_are_bounded_in_rows_and_bytes(tmp_path, monkeypatch):
     assert sizes() == [3, 3, 3, 1]
 
 
-def test_a_file_that_vanished_is_a_row(tmp_path):
+def test_a_file_that_vanished_is_no_row_but_a_folder_that_vanished_is_an_error(tmp_path):
     write(tmp_path, "a.jpg", "b.jpg")
     source = FilesSource.of(tmp_path)
     (unit,) = source.units()
     (tmp_path / "a.jpg").unlink()
     ((rows, images),) = source.read(unit, source.schema())
-    assert rows["status"].to_pylist() == ["image_missing", "ok"]
-    assert images == [None, b"x"]
+    assert (rows["key"].to_pylist(), images) == (["b.jpg"], [b"x"])
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="has none of its 2 files any more"):
+        list(source.read(unit, source.schema()))
+
+
+@pytest.mark.parametrize("url", ["http://h/x.jpg", "12:30.jpg", "x" * 300, "a\0b", "nowhere:/x"])
+def test_what_can_be_no_file_is_missing(url):
+    (found,) = read_files([url])
+    assert (found.content, found.status.value) == (None, "image_missing")
+    assert url[:5] in found.error_message or "\0" in url
 
 
 def test_names_that_are_not_utf8_are_names_all_the_same(tmp_path):

@@ -1,6 +1,7 @@
 """Parquet files with images: which column, which key, what a row becomes."""
 
 import datetime
+import re
 import tracemalloc
 
 import numpy as np
@@ -232,6 +233,74 @@ def test_an_output_that_was_begun_settles_the_columns(tmp_path):
     assert rows.to_pylist()[0]["gone"] is None
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    write(tmp_path / "a.parquet", jpg=[b""], url=["u"], URL=["U"])
+    with pytest.raises(InputError, match=r"columns url and URL would have one name.*--columns"):
+        ParquetSource.open(tmp_path)
+    assert ParquetSource.open(tmp_path, columns=["URL"]).columns == {"URL": "URL"}
+    write(tmp_path / "a.parquet", jpg=[b""], status=["u"], source_status=["U"])
+    with pytest.raises(InputError, match=r"columns status and source_status would have one name"):
+        ParquetSource.open(tmp_path)
+
+
+def test_times_of_day_are_text(tmp_path):
+    write(tmp_path / "a.parquet", jpg=[b""], at=pa.array([3_600_001], pa.time32("ms")))
+    (row,) = rows_of(ParquetSource.open(tmp_path))
+    assert row["at"] == "01:00:00.001"
+
+
+@pytest.mark.parametrize("ids", [[b"\xff\x00"], [["x"]], [None]])
+def test_what_can_be_no_key_is_refused_or_not_taken(tmp_path, ids):
+    write(tmp_path / "a.parquet", jpg=[b""], key=ids)
+    source = ParquetSource.open(tmp_path, image_column="jpg")
+    (row,) = rows_of(source)
+    assert (row["key"], row["source_key"]) == ("0", ids[0])
+    with pytest.raises(InputError, match=r"column 'key' is .*, and keys are text or numbers"):
+        ParquetSource.open(tmp_path, image_column="jpg", id_col="key")
+
+
+def test_a_key_that_some_files_lack_is_not_taken_unless_it_is_asked_for(tmp_path):
+    write(tmp_path / "a.parquet", jpg=[b""], key=["x"])
+    write(tmp_path / "b.parquet", jpg=[b""])
+    assert [row["key"] for row in rows_of(ParquetSource.open(tmp_path))] == ["0", "0"]
+    rows = rows_of(ParquetSource.open(tmp_path, id_col="key"))
+    assert [row["status"] for row in rows] == ["ok", "shard_unreadable"]
+
+
+def test_what_is_noted_is_what_was_asked_for(tmp_path):
+    write(tmp_path / "a.parquet", jpg=[b""], x=[1], y=[2])
+    before = ParquetSource.open(tmp_path).describe()
+    write(tmp_path / "0.parquet", jpg=[b""], z=[1], y=[2], x=[3])
+    assert ParquetSource.open(tmp_path).describe() == before
+    few = ParquetSource.open(tmp_path, columns=["y", "x"]).describe()
+    assert few["rows"]["columns"] == ["x", "y"]
+    assert ParquetSource.open(tmp_path, columns=["x", "y"]).describe() == few != before
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes"])
+def test_batches_are_cut_by_their_images_bytes(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(image_tables, "_BATCH_BYTES", 10)
+    monkeypatch.setattr(image_tables, "_batch_rows", lambda parquet: 256)
+    for index in range(7):
+        (tmp_path / f"{index}.jpg").write_bytes(bytes([index]) * 4)
+    images = [
+        {"path": f"{i}.jpg"} if kind == "paths" else {"bytes": bytes([i]) * 4} for i in range(7)
+    ]
+    write(tmp_path / "a.parquet", image=pa.array(images, HUGGING_FACE), n=[*range(7)])
+    source = ParquetSource.open(tmp_path)
+    (unit,) = source.units()
+    batches = list(source.read(unit, source.schema()))
+    assert [rows.num_rows for rows, _ in batches] == [3, 3, 1]
+    found = [
+        row | {"image": i}
+        for rows, of in batches
+        for row, i in zip(rows.to_pylist(), of, strict=True)
+    ]
+    assert [(row["key"], row["n"], row["image"]) for row in found] == [
+        (str(i), i, bytes([i]) * 4) for i in range(7)
+    ]
+
+
 # Files
 
 
@@ -337,11 +406,40 @@ def test_what_lies_there_says_the_format(tmp_path, jpegs):
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.zst"])
 def test_compressed_shards_are_not_passed_over(tmp_path, jpegs, suffix):
-    write_shard(tmp_path / "a.tar", [("k", [("jpg", jpegs[0])])])
     (tmp_path / f"b.{suffix}").write_bytes(b"")
+    (tmp_path / "x.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=rf"b\.{suffix} is compressed, .*: decompress it"):
         open_source(tmp_path)
-    assert len(open_source(tmp_path, InputOptions(format="webdataset")).units()) == 1
+    write_shard(tmp_path / "a.tar", [("k", [("jpg", jpegs[0])])])
+    told = []
+    assert len(open_source(tmp_path, tell=told.append).units()) == 1
+    (line,) = told
+    assert re.match(
+        r"2 other files, such as .*, are passed over: .*--input-format webdataset", line
+    )
+
+
+def test_files_that_are_passed_over_are_told(tmp_path, jpegs):
+    told = []
+    (tmp_path / "a.jpg").write_bytes(b"")
+    open_source(tmp_path, tell=told.append)
+    write(tmp_path / "b.parquet", url=["a.jpg"])
+    open_source(tmp_path, tell=told.append)
+    assert told == []
+    write(tmp_path / "b.parquet", image=jpegs[:1])
+    open_source(tmp_path, tell=told.append)
+    assert told == [
+        f"1 other files, such as {tmp_path}/a.jpg, are passed over: this is read as --input-format "
+        "parquet"
+    ]
+
+
+def test_what_a_name_tells_is_not_looked_for(tmp_path, jpegs):
+    write_shard(tmp_path / "00.tar", [("k", [("jpg", jpegs[0])])])
+    with pytest.raises(NothingToReadError, match=r"01\.tar does not exist"):
+        open_source(f"{tmp_path}/{{00..01}}.tar").units()
+    with pytest.raises(NothingToReadError, match=r"nothere does not exist, or has no shard"):
+        open_source([tmp_path, tmp_path / "nothere"])
 
 
 @pytest.mark.parametrize(

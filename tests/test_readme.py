@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -80,7 +81,7 @@ INPUTS = (ROOT / "docs" / "inputs.md").read_text()
 
 
 def test_the_input_of_ones_own_runs(spark, tmp_path, jpegs, monkeypatch, capsys):
-    join, source, run = re.findall(r"```python\n(.*?)```", INPUTS, re.DOTALL)
+    join, copies, source, run = re.findall(r"```python\n(.*?)```", INPUTS, re.DOTALL)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "zips.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path / "code")
@@ -107,6 +108,15 @@ def test_the_input_of_ones_own_runs(spark, tmp_path, jpegs, monkeypatch, capsys)
     table.to_parquet(tmp_path / "table" / "0.parquet")
     exec(join.replace("/path/to", str(tmp_path)), {})
     assert sorted(pd.read_parquet(tmp_path / "clean")["uid"]) == clean
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "a.jpg").write_bytes(jpegs[0])
+    scores = {"shard": ["cats@12"] * 2, "key": ["a.jpg", "b.jpg"], "nsfw_score": [0.1, 0.2]}
+    shutil.rmtree(tmp_path / "metadata")
+    pd.DataFrame(scores).to_parquet(tmp_path / "metadata")
+    shutil.rmtree(tmp_path / "clean")
+    exec(copies.replace("/path/to", str(tmp_path)), {})
+    copied = [path for path in (tmp_path / "clean").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in copied] == [jpegs[0]]
 
 
 def test_there_are_three_ways_to_use_it():

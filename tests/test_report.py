@@ -546,6 +546,7 @@ def test_samples_of_score_bands_and_their_images_are_the_same_with_and_without_s
     bands = np.floor(frame["nsfw_score"].astype(float) * 10).astype(int)
     assert len(samples) == bands.value_counts().clip(upper=8).sum()
     shown = [(each.shard, each.key) for each in samples]
+    assert rows.locations([]) == {}
     places = rows.locations(shown)
     assert places.keys() == {*shown}
     assert places == SparkRows(spark.read.parquet(str(directory / "metadata"))).locations(shown)

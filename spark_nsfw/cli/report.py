@@ -128,7 +128,7 @@ def _source(paths: Sequence[str], notes: Sequence[str]) -> ImageSource:
     """What was scored, read as it was then."""
     from spark_nsfw.read.inputs import INPUT_FORMATS, InputOptions, open_source
 
-    note = json.loads(next(filter(None, notes), "{}"))
+    note = json.loads(next((note for note in notes if note.startswith("{")), "{}"))
     kind, read = note.get("inputs", {}).get("kind"), note.get("rows", {})
     return open_source(
         paths,

@@ -260,9 +260,14 @@ def _source(options: argparse.Namespace) -> Source:
         columns=names(options.columns),
         captions=options.captions,
         image_extensions=options.image_extensions or IMAGE_EXTENSIONS,
+        settle_seconds=options.settle_seconds if options.watch else 0,
     )
+
+    def tell(line: str) -> None:
+        print(f"spark-nsfw: {line}", file=sys.stderr)
+
     try:
-        return open_source(options.input, asked)
+        return open_source(options.input, asked, tell)
     except NothingToReadError:
         if not options.watch or options.input_format is not None:
             raise

@@ -8,7 +8,10 @@ and those that are in the output already never move to a new one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,8 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from spark_nsfw.errors import InputError
-from spark_nsfw.files import FileEntry
+from spark_nsfw.errors import InputError, NothingToReadError
+from spark_nsfw.files import FileEntry, exists
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS
 from spark_nsfw.read.source import Rows, Unit
@@ -31,11 +34,18 @@ __all__ = ["FilesSource", "ReadFile", "read_files", "suffixes_of"]
 #: Files in a unit, at most about twice as many on average in the parts of a large directory.
 _FILES_PER_UNIT = 1_000
 
+#: Of a file's name, on every file system in use.
+_MAX_NAME_BYTES = 255
+
 #: Files that are read at a time: a store answers after tens of milliseconds.
 _NUM_READERS = 16
 
 #: Rows in an Arrow batch, and the bytes of images after which it is closed.
 _BATCH_ROWS, _BATCH_BYTES = 256, 32 << 20
+
+_Files = Mapping[str, FileEntry]
+
+_log = logging.getLogger(__name__)
 
 #: Between a directory's path and the digest of a unit's files.
 _MARK = "@"
@@ -55,11 +65,13 @@ class ReadFile:
         content: None where the status is not ``ok``.
         status: ``image_missing`` if there is none, ``member_oversized`` if it is too large.
         error_message: why, for a person.
+        is_gone: there is no such file.
     """
 
     content: bytes | None
     status: Status = Status.OK
     error_message: str | None = None
+    is_gone: bool = False
 
 
 def read_files(urls: Iterable[str | None], max_bytes: int = MAX_MEMBER_BYTES) -> Iterator[ReadFile]:
@@ -71,12 +83,13 @@ def read_files(urls: Iterable[str | None], max_bytes: int = MAX_MEMBER_BYTES) ->
 
     Raises:
         StorageError: one cannot be read now.
-        InputError: no filesystem for this kind of URL.
     """
 
     def read(url: str | None) -> ReadFile:
         if url is None:
             return ReadFile(None, Status.IMAGE_MISSING, "there is no path")
+        if len(os.fsencode(url.rpartition("/")[2])) > _MAX_NAME_BYTES or "\0" in url:
+            return ReadFile(None, Status.IMAGE_MISSING, f"{url[:80]!r}… can be the name of no file")
         try:
             with closing(RetryingFile(url)) as file:
                 if file.size <= max_bytes:
@@ -86,8 +99,13 @@ def read_files(urls: Iterable[str | None], max_bytes: int = MAX_MEMBER_BYTES) ->
         except UnicodeEncodeError:  # pyarrow opens no such file
             message = f"{_key(url)} is no name in UTF-8: rename the file"
             return ReadFile(None, Status.IMAGE_MISSING, message)
+        except (InputError, ValueError) as exc:
+            return ReadFile(
+                None, Status.IMAGE_MISSING, f"{url!r} is no file that can be read: {exc}"
+            )
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return ReadFile(None, Status.IMAGE_MISSING, f"{url} does not exist, or is no file")
+            message = f"{url} does not exist, or is no file"
+            return ReadFile(None, Status.IMAGE_MISSING, message, is_gone=True)
 
     waiting = iter(urls)
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="image-files") as pool:
@@ -116,15 +134,20 @@ class FilesSource:
     Attributes:
         inputs: where the files are.
         max_image_bytes: larger files make a row with status ``member_oversized``.
+        settle_seconds: files that changed since are not there yet.
     """
 
     inputs: ShardInputs
     max_image_bytes: int = MAX_MEMBER_BYTES
+    settle_seconds: float = 0
 
     @classmethod
-    def of(cls, paths: Any, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> FilesSource:
+    def of(
+        cls, paths: Any, extensions: Sequence[str] = IMAGE_EXTENSIONS, settle_seconds: float = 0
+    ) -> FilesSource:
         """Of directories, files, globs or ranges; files of other extensions are no images."""
-        return cls(ShardInputs.parse(paths, suffixes_of(extensions)))
+        inputs = ShardInputs.parse(paths, suffixes_of(extensions))
+        return cls(inputs, settle_seconds=settle_seconds)
 
     def describe(self) -> dict[str, Any]:
         """Kind and roots of the input, and what decides which rows come out."""
@@ -152,9 +175,14 @@ class FilesSource:
             InputError: two directories would have one name, or one has a name that is not UTF-8.
         """
         directories: dict[str, dict[str, FileEntry]] = {}
+        latest = time.time() - self.settle_seconds if self.settle_seconds else float("inf")
         for path, entry in self.inputs.list_files().items():
+            if entry.modified_seconds > latest:
+                continue
             place, _, base = path.rpartition("/")
             directories.setdefault(place, {})[base] = entry
+        if not directories:
+            raise NothingToReadError(f"{', '.join(self.inputs.patterns)}: no file has settled yet")
         place_of: dict[str, str] = {}
         units: list[Unit] = []
         for place, files in directories.items():
@@ -167,7 +195,7 @@ class FilesSource:
                     f"{other} and {place} would both be directory {name or '.'!r}; score them in "
                     "two runs, or from a directory above both"
                 )
-            units += [_unit(name, place, part) for part in _parts(files)]
+            units += [_unit(name, place, part, files) for part in _parts(files)]
         return sorted(units, key=lambda unit: unit.name)
 
     def _directory_name(self, place: str) -> str:
@@ -192,25 +220,30 @@ class FilesSource:
         left: list[Unit] = []
         doubled: list[str] = []
         for directory, parts in planned.items():
-            taken = {_key(name) for part in parts if part.name in done for name in part.members}
-            for name in stale.get(directory, ()):
-                if keys[name].isdisjoint(taken):
-                    taken |= keys[name]
-                else:  # two runs saw different files at the same time
-                    doubled.append(name)
-            for part in parts:
-                members = tuple(name for name in part.members if _key(name) not in taken)
-                if part.name in done or len(members) == len(part.members):
-                    left.append(part)
-                elif members:
-                    left.append(replace(part, name=_name(directory, members), members=members))
+            here = {name: keys[name] for name in stale.get(directory, ())}
+            here |= {u.name: {*map(_key, u.members)} for u in parts if u.name in done}
+            listed = {_key(name) for part in parts for name in part.members}
+            taken, superfluous = _kept(here, listed)
+            doubled += superfluous
+            new = [n for part in parts for n in part.members if _key(n) not in taken]
+            if stale.get(directory):
+                left += [
+                    replace(parts[0], name=_name(directory, part), members=part)
+                    for part in _parts(new)
+                ]
+            else:
+                left += parts
         return left, doubled
 
     def unit_named(self, name: str) -> Unit:
         """The unit of a name that an output has, without listing any; its files are not known."""
         directory = _directory(name)
-        place = self.inputs.place_of(f"{directory}/x" if directory else "x")
-        return Unit(name, place.rpartition("/")[0])
+        roots = [self.inputs.filesystem + root for root in self.inputs.roots]
+        places = [f"{root}{directory}".rstrip("/") for root in roots]
+        fitting = [place for place in places if self._directory_name(place) == directory]
+        if len(fitting) == 1:
+            return Unit(name, fitting[0])
+        return Unit(name, next((place for place in fitting if exists(place)), places[0]))
 
     def schema(
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
@@ -220,22 +253,29 @@ class FilesSource:
         return schema.remove(schema.get_field_index(IMAGE))
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
-        """The files of a unit, in order of their names.
+        """The files of a unit, in order of their names; those that are gone are not there.
 
         Raises:
+            FileNotFoundError: all of them are gone.
             StorageError: one cannot be read now.
         """
         urls = [f"{unit.place}/{name}" for name in unit.members]
         keys: list[str] = []
         read: list[ReadFile] = []
-        num_bytes = 0
+        num_bytes, is_there = 0, False
         for name, file in zip(unit.members, read_files(urls, self.max_image_bytes), strict=True):
+            if file.is_gone:  # not a row: were it back tomorrow, nobody would look at it again
+                _log.warning("%s/%s is gone since it was listed", unit.place, name)
+                continue
+            is_there = True
             keys.append(_key(name))
             read.append(file)
             num_bytes += len(file.content or b"")
             if len(keys) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
                 yield _rows(unit.name, keys, read, schema)
                 keys, read, num_bytes = [], [], 0
+        if not is_there:
+            raise FileNotFoundError(f"{unit.place} has none of its {len(urls)} files any more")
         if keys:
             yield _rows(unit.name, keys, read, schema)
 
@@ -250,6 +290,29 @@ def _directory(name: str) -> str:
     return name.rpartition(_MARK)[0]
 
 
+def _kept(done: Mapping[str, set[str]], listed: set[str]) -> tuple[set[str], list[str]]:
+    """What is done of a directory, and the units that are superfluous.
+
+    Two runs that see different files at the same time can leave units with files in common. Which
+    of them stay follows from the output alone, and none goes whose files another one has not got.
+
+    Args:
+        done: keys of units.
+        listed: keys of the files that are there now.
+    """
+    taken: set[str] = set()
+    superfluous, crossing = [], []
+    for name in sorted(done, key=lambda name: (-len(done[name]), name)):
+        keys = done[name]
+        if keys <= taken:  # as are those of a unit that was set aside, which has none
+            superfluous.append(name)
+        elif keys.isdisjoint(taken) or not keys - taken <= listed:
+            taken |= keys
+        else:  # its other files are scored anew, and then it is superfluous
+            crossing.append(name)
+    return taken, superfluous + [name for name in crossing if done[name] <= taken]
+
+
 def _rows(shard: str, keys: list[str], read: list[ReadFile], schema: pa.Schema) -> Rows:
     values = {
         SHARD: [shard] * len(keys),
@@ -261,28 +324,28 @@ def _rows(shard: str, keys: list[str], read: list[ReadFile], schema: pa.Schema) 
     return pa.RecordBatch.from_arrays(arrays, schema=schema), [file.content for file in read]
 
 
-def _parts(files: Mapping[str, FileEntry]) -> Iterator[dict[str, FileEntry]]:
-    """A directory's files in parts; a file stays in its part while their number is the same.
+def _parts(files: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """Files of a directory in parts; a file stays in its part while their number is the same.
 
     The number is a power of two, and a file's part follows from its name alone.
     """
     number = 1
     while len(files) > number * _FILES_PER_UNIT:
         number *= 2
-    parts: list[dict[str, FileEntry]] = [{} for _ in range(number)]
+    parts: list[list[str]] = [[] for _ in range(number)]
     for name in sorted(files):
         digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4)
-        parts[int.from_bytes(digest.digest(), "little") % number][name] = files[name]
-    yield from (part for part in parts if part)
+        parts[int.from_bytes(digest.digest(), "little") % number].append(name)
+    yield from (tuple(part) for part in parts if part)
 
 
-def _unit(directory: str, place: str, files: Mapping[str, FileEntry]) -> Unit:
+def _unit(directory: str, place: str, members: tuple[str, ...], files: _Files) -> Unit:
     return Unit(
-        _name(directory, files),
+        _name(directory, members),
         place,
-        max(entry.modified_seconds for entry in files.values()),
-        sum(entry.size for entry in files.values()),
-        tuple(files),
+        max(files[name].modified_seconds for name in members),
+        sum(files[name].size for name in members),
+        members,
     )
 
 

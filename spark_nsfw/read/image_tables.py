@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class ParquetSource:
         columns: source name → name in the output, of the columns that go along.
         own: these columns, as their files' types have them in common.
         max_image_bytes: larger images make a row with status ``member_oversized``.
+        asked: the columns that were asked for; None asks for all.
     """
 
     inputs: ShardInputs
@@ -51,6 +53,7 @@ class ParquetSource:
     columns: dict[str, str]
     own: tuple[pa.Field, ...]
     max_image_bytes: int = MAX_MEMBER_BYTES
+    asked: tuple[str, ...] | None = None
 
     @classmethod
     def open(
@@ -91,7 +94,12 @@ class ParquetSource:
                 f"{place} has no column {id_col!r} for --id-col (id_col); "
                 f"there are {', '.join(merged.names)}"
             )
-        if id_col is None and KEY in merged.names:
+        if id_col is not None and not _can_be_keys(merged.field(id_col).type):
+            raise InputError(
+                f"{place}: column {id_col!r} is {merged.field(id_col).type}, and keys are text or "
+                "numbers: give another --id-col (id_col), or none to take the numbers of rows"
+            )
+        if id_col is None and all(_has_keys(found) for found in footers if found is not None):
             id_col = KEY
         wanted = merged.names if columns is None else columns
         missing = [name for name in wanted if name not in merged.names]
@@ -100,13 +108,15 @@ class ParquetSource:
                 f"{place} has no column {', '.join(missing)}; there are {', '.join(merged.names)}"
             )
         named = {
-            name: output_name(name, id_col or KEY)
+            name: output_name(name, id_col or "")
             for name in merged.names
             if name in wanted and name not in (image_column, KEY if id_col == KEY else None)
         }
         kept = {name: output for name, output in named.items() if output is not None}
+        _refuse_one_name(kept, place)
         own = (pa.field(output, spark_type(merged.field(n).type)) for n, output in kept.items())
-        return cls(inputs, image_column, id_col, kept, tuple(own), max_image_bytes)
+        asked = None if columns is None else tuple(columns)
+        return cls(inputs, image_column, id_col, kept, tuple(own), max_image_bytes, asked)
 
     def describe(self) -> dict[str, Any]:
         """Kind and roots of the input, and what decides which rows come out."""
@@ -119,7 +129,7 @@ class ParquetSource:
             "rows": {
                 "image_column": self.image_column,
                 "id_col": self.id_col,
-                "columns": list(self.columns),
+                "columns": None if self.asked is None else sorted(self.asked),
                 "max_image_bytes": self.max_image_bytes,
             },
         }
@@ -163,8 +173,9 @@ class ParquetSource:
                 parquet = open_parquet(stream)
                 for rows in iter_batches(parquet, _batch_rows(parquet), self._needed(parquet)):
                     images = self._images(rows.column(self.image_column), unit)
-                    yield self._batch(unit, rows, images, num_rows, schema)
-                    num_rows += rows.num_rows
+                    for some, held in _cut(rows, images):
+                        yield self._batch(unit, some, held, num_rows, schema)
+                        num_rows += some.num_rows
         except (StorageError, FileNotFoundError):
             raise
         except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
@@ -181,7 +192,7 @@ class ParquetSource:
         needed = {self.image_column, self.id_col, *self.columns}
         return [name for name in names if name in needed]
 
-    def _images(self, column: pa.Array, unit: Unit) -> list[ReadFile]:
+    def _images(self, column: pa.Array, unit: Unit) -> Iterator[ReadFile]:
         """The images of rows, whatever the column holds."""
         contents: list[bytes | None] = [None] * len(column)
         paths: list[str | None] = [None] * len(column)
@@ -200,10 +211,11 @@ class ParquetSource:
         # What a row holds comes first; the others are read side by side.
         named = [p for c, p in zip(contents, paths, strict=True) if c is None and p]
         found = read_files((_place(path, unit) for path in named), self.max_image_bytes)
-        return [
-            self._held(content) if content is not None else next(found) if path else _MISSING
-            for content, path in zip(contents, paths, strict=True)
-        ]
+        for content, path in zip(contents, paths, strict=True):
+            if content is not None:
+                yield self._held(content)
+            else:
+                yield next(found) if path else _MISSING
 
     def _held(self, content: bytes) -> ReadFile:
         if len(content) <= self.max_image_bytes:
@@ -244,12 +256,55 @@ class ParquetSource:
         return batch, [image.content for image in images]
 
 
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/")
+
 _MISSING = ReadFile(None, Status.IMAGE_MISSING, "the row has no image")
+
+
+def _cut(
+    rows: pa.RecordBatch, images: Iterable[ReadFile]
+) -> Iterator[tuple[pa.RecordBatch, list[ReadFile]]]:
+    """Rows and their images in pieces of about `_BATCH_BYTES`."""
+    start, held, num_bytes = 0, list[ReadFile](), 0
+    for image in images:
+        held.append(image)
+        num_bytes += len(image.content or b"")
+        if num_bytes >= _BATCH_BYTES:
+            yield rows.slice(start, len(held)), held
+            start, held, num_bytes = start + len(held), [], 0
+    if held:
+        yield rows.slice(start, len(held)), held
+
+
+def _can_be_keys(type_: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return not (pa.types.is_nested(type_) or _is_binary(type_) or pa.types.is_null(type_))
+
+
+def _has_keys(schema: pa.Schema) -> bool:
+    return KEY in schema.names and _can_be_keys(schema.field(KEY).type)
+
+
+def _refuse_one_name(columns: dict[str, str], place: str) -> None:
+    """Refuse columns that Spark would take for one.
+
+    Raises:
+        InputError: names two.
+    """
+    source_of: dict[str, str] = {}
+    for name, output in columns.items():
+        other = source_of.setdefault(output.casefold(), name)
+        if other != name:
+            raise InputError(
+                f"{place}: columns {other} and {name} would have one name in the output: leave one "
+                "out with --columns (columns)"
+            )
 
 
 def _place(path: str, unit: Unit) -> str:
     """A path as a row has it; relative ones are below the directory of its file."""
-    is_absolute = path.startswith("/") or ":" in path.partition("/")[0]
+    is_absolute = path.startswith("/") or _URL.match(path) is not None
     return path if is_absolute else f"{unit.place.rpartition('/')[0]}/{path}"
 
 

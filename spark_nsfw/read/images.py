@@ -46,9 +46,9 @@ def read_image(
     missing = [name for name in (SHARD, KEY, *LOCATION_COLUMNS) if name not in values]
     if missing:
         raise InputError(
-            f"the row has no {', '.join(missing)}: `spark-nsfw score` writes these columns for "
-            "shards; outputs that were begun with 0.1.0 go without image_offset and "
-            "image_num_bytes"
+            f"the row has no {', '.join(missing)}: `spark-nsfw score` writes these columns for tar "
+            "shards, but not into outputs that were begun with 0.1.0. A row of a folder or a table "
+            "tells the file or the table's row by shard and key (docs/inputs.md)"
         )
     shard, key = values[SHARD], values[KEY]
     offset, num_bytes = values[IMAGE_OFFSET], values[IMAGE_NUM_BYTES]

@@ -37,6 +37,7 @@ class InputOptions:
         columns: which of the dataset's own columns to keep; None keeps all, () none.
         captions: keep the ``.txt`` member of shards as column ``caption``.
         image_extensions: which members or files are images.
+        settle_seconds: image files that changed since are not there yet.
     """
 
     format: str | None = None
@@ -45,14 +46,20 @@ class InputOptions:
     columns: Sequence[str] | None = None
     captions: bool = False
     image_extensions: tuple[str, ...] = IMAGE_EXTENSIONS
+    settle_seconds: float = 0
 
 
-def open_source(paths: _Paths, options: InputOptions | None = None) -> ImageSource:
+def open_source(
+    paths: _Paths,
+    options: InputOptions | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> ImageSource:
     """The source of an input.
 
     Args:
         paths: directories, files, globs or brace ranges, on one filesystem.
         options: how it is read.
+        tell: is given a line about files that are passed over.
 
     Raises:
         NothingToReadError: there is nothing that can be read.
@@ -60,7 +67,7 @@ def open_source(paths: _Paths, options: InputOptions | None = None) -> ImageSour
         StorageError: it cannot be listed now.
     """
     options = options or InputOptions()
-    format_ = options.format or _format_of(paths, options)
+    format_ = options.format or _format_of(paths, options, tell)
     _refuse_options(format_, options)
     return _OPENERS[format_](paths, options)
 
@@ -84,7 +91,7 @@ def _parquet(paths: _Paths, options: InputOptions) -> ImageSource:
 
 
 def _files(paths: _Paths, options: InputOptions) -> ImageSource:
-    return FilesSource.of(paths, options.image_extensions)
+    return FilesSource.of(paths, options.image_extensions, options.settle_seconds)
 
 
 _OPENERS: dict[str, Callable[[_Paths, InputOptions], ImageSource]] = {
@@ -112,37 +119,49 @@ def _refuse_options(format_: str, options: InputOptions) -> None:
             raise InputError(f"{flag} is not for --input-format {format_}")
 
 
-def _format_of(paths: _Paths, options: InputOptions) -> str:
+def _format_of(paths: _Paths, options: InputOptions, tell: Callable[[str], None]) -> str:
     """What lies there, or is named.
 
     Raises:
-        NothingToReadError: nothing that can be read.
-        InputError: a shard is compressed.
+        NothingToReadError: a place with nothing that can be read.
+        InputError: shards are compressed.
     """
     suffixes = {
         "webdataset": (".tar",),
         "parquet": (".parquet",),
         "files": suffixes_of(options.image_extensions),
     }
-    every = (*(s for several in suffixes.values() for s in several), *_COMPRESSED)
-    inputs = ShardInputs.parse(paths, every)
-    try:
-        found = inputs.list_files()
-    except NothingToReadError as exc:
-        raise NothingToReadError(
-            f"{', '.join(inputs.patterns)} does not exist, or has no shard (*.tar), no *.parquet "
-            f"and no image file (*.{', *.'.join(options.image_extensions[:4])}, …) in it"
-        ) from exc
-    compressed = next((path for path in found if path.endswith(_COMPRESSED)), None)
-    if compressed is not None:
-        raise InputError(
-            f"{compressed} is compressed, and shards are read as they are: decompress it (gunzip, "
-            "unzstd), which costs little space, since images are compressed already"
-        )
-    first = {
-        format_: next((path for path in found if path.endswith(suffixes[format_])), None)
+    several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    for format_, endings in suffixes.items():
+        if several and all(os.fspath(path).endswith(endings) for path in several):
+            return format_
+    every = (*(s for endings in suffixes.values() for s in endings), *_COMPRESSED)
+    found: list[str] = []
+    for path in several:
+        try:
+            found += ShardInputs.parse(path, every).list_files()
+        except NothingToReadError as exc:
+            raise NothingToReadError(
+                f"{path} does not exist, or has no shard (*.tar), no *.parquet and no image file "
+                f"(*.{', *.'.join(options.image_extensions[:4])}, …) in it"
+            ) from exc
+    of = {
+        format_: [path for path in found if path.endswith(suffixes[format_])]
         for format_ in INPUT_FORMATS
     }
-    if first["files"] and first["parquet"] and not has_images(first["parquet"]):
-        first["parquet"] = None  # it tells of the files, as img2dataset's does
-    return next(format_ for format_ in INPUT_FORMATS if first[format_])
+    compressed = [path for path in found if path.endswith(_COMPRESSED)]
+    if compressed and not of["webdataset"]:
+        raise InputError(
+            f"{compressed[0]} is compressed, and shards are read as they are: decompress it "
+            "(gunzip, unzstd), which costs little space, since images are compressed already"
+        )
+    if of["files"] and of["parquet"] and not has_images(of["parquet"][0]):
+        of["parquet"] = []  # it tells of the files, as img2dataset's does
+    chosen = next(format_ for format_ in INPUT_FORMATS if of[format_])
+    passed_over = [*compressed, *(of["files"] if chosen != "files" else [])]
+    if passed_over:
+        tell(
+            f"{len(passed_over):,} other files, such as {passed_over[0]}, are passed over: this is "
+            f"read as --input-format {chosen}"
+        )
+    return chosen

@@ -29,6 +29,8 @@ def spark_type(data_type: pa.DataType) -> pa.DataType:
     """The narrowest type that Spark has and that holds all values of this one."""
     if pa.types.is_dictionary(data_type):
         return spark_type(data_type.value_type)
+    if pa.types.is_time(data_type):
+        return pa.string()  # 12:34:56.789
     if (
         pa.types.is_list(data_type)
         or pa.types.is_large_list(data_type)

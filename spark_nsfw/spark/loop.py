@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,9 @@ __all__ = ["WATCH_SECONDS", "JobOptions", "Run"]
 #: Tasks that a slot gets in a wave, so that slow units do not queue behind each other.
 _TASKS_PER_SLOT = 8
 
+#: Names of files in a wave, at most: 20 MB of them.
+_MAX_NAMES = 1_000_000
+
 #: How often a run scores units whose rows do not turn up.
 _MAX_ROUNDS = 3
 
@@ -104,6 +107,20 @@ class JobOptions:
             raise InputError("--shards-per-wave (shards_per_wave) is at least 1")
 
 
+def _wave(units: Sequence[Unit], position: int, number: int) -> Sequence[Unit]:
+    """The next units, at most so many; their files' names go to every task."""
+    end, num_names = position, 0
+    while end < min(len(units), position + number) and num_names < _MAX_NAMES:
+        num_names += len(units[end].members)
+        end += 1
+    return units[position:end]
+
+
+def _places(unit: Unit) -> list[str]:
+    """What there is of a unit, as long as it is there."""
+    return [f"{unit.place}/{name}" for name in unit.members] or [unit.place]
+
+
 @dataclass
 class Run:
     """What the waves of a run share."""
@@ -128,6 +145,7 @@ class Run:
         self.counted_before: Counter[str] = Counter()  # the write under way
         self.unpublished: Counter[str] = Counter()
         self.num_set_aside = 0
+        self.known_keys: dict[str, set[str]] = {}
 
     def keep_watching(self, units: Sequence[Unit]) -> None:
         """Write units as they arrive, until stopped.
@@ -142,8 +160,9 @@ class Run:
         while not self.stop.wait(pause):
             began = time.monotonic()
             units = self._look(units)
+            wanted = self._remaining(units)
             pause = max(WATCH_SECONDS, 10 * (time.monotonic() - began))
-            self.write_difference(units)
+            self._write_units(wanted)
         if self._missing(self._remaining(self._look(units))):
             raise self._stopped()
 
@@ -154,7 +173,12 @@ class Run:
             JobError: a wave failed, or rows do not turn up.
             JobStoppedError: the run was stopped, and there are some left.
         """
-        units = self._remaining(units)
+        self._write_units(self._remaining(units))
+        if isinstance(self.source, GrowingSource) and self.progress.num_waves:
+            # A run beside this one may have seen other files.
+            self._write_units(self._remaining(units))
+
+    def _write_units(self, units: Sequence[Unit]) -> None:
         self.progress.know(unit.name for unit in units)
         missing = self._missing(units)
         for _ in range(_MAX_ROUNDS):
@@ -184,7 +208,7 @@ class Run:
         """
         unreadable, position = None, 0
         while position < len(units):
-            wave = units[position : position + self.sizes.next]
+            wave = _wave(units, position, self.sizes.next)
             try:
                 self._write_wave(wave)
             except JobError as exc:
@@ -213,9 +237,16 @@ class Run:
         if not isinstance(self.source, GrowingSource):
             return units
         adopt_stores(self.spark)
-        units, doubled = self.source.remaining(units, self.output.done(), self.output.keys)
+        units, doubled = self.source.remaining(units, self.output.done(), self._keys)
         self.output.forget(doubled)
         return units
+
+    def _keys(self, names: Iterable[str]) -> dict[str, set[str]]:
+        """The keys of units that are done, which never change."""
+        names = list(names)
+        unknown = [name for name in names if name not in self.known_keys]
+        self.known_keys.update(self.output.keys(unknown))
+        return {name: self.known_keys[name] for name in names}
 
     def _missing(self, units: Sequence[Unit]) -> list[Unit]:
         adopt_stores(self.spark)
@@ -232,7 +263,7 @@ class Run:
 
     def _still_there(self, missing: Sequence[Unit]) -> list[Unit]:
         """Those of some units that are still there; the others are told."""
-        there = [unit for unit in missing if exists(unit.place)]
+        there = [unit for unit in missing if any(map(exists, _places(unit)))]
         gone = [unit for unit in missing if unit not in there]
         if gone:
             self.progress.say(

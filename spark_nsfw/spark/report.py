@@ -189,7 +189,7 @@ class SparkRows:
         self, samples: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], tuple[int, int]]:
         """As `ReportRows.locations`."""
-        if not {*LOCATION_COLUMNS} <= {*self._rows.columns}:
+        if not samples or not {*LOCATION_COLUMNS} <= {*self._rows.columns}:
             return {}
         shards, keys = ({sample[i] for sample in samples} for i in (0, 1))
         rows = self._rows.where(

@@ -194,7 +194,7 @@ class LocalRows:
         self, samples: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], tuple[int, int]]:
         """As `ReportRows.locations`."""
-        if not {*LOCATION_COLUMNS} <= {*self.table.column_names}:
+        if not samples or not {*LOCATION_COLUMNS} <= {*self.table.column_names}:
             return {}
         of_shards = pc.is_in(self.table[SHARD], pa.array({shard for shard, _ in samples}))
         of_keys = pc.is_in(self.table[KEY], pa.array({key for _, key in samples}))

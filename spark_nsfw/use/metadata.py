@@ -218,15 +218,20 @@ class MetadataFiles:
             StorageError: a file cannot be read now.
         """
         names = list(units)
-        if not names:
-            return {}
-        files = self._data_files()
+        for _ in range(_MAX_LISTINGS if names else 0):
+            files = self._data_files()
 
-        def keys_of(unit: str) -> set[str]:
-            return set().union(*(self._keys(file.name) for file in files.get(unit, ())))
+            def keys_of(unit: str, files: dict[str, list[FileEntry]] = files) -> set[str]:
+                return set().union(*(self._keys(file.name) for file in files.get(unit, ())))
 
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            return dict(zip(names, pool.map(keys_of, names), strict=True))
+            try:
+                with ThreadPoolExecutor(_NUM_READERS) as pool:
+                    return dict(zip(names, pool.map(keys_of, names), strict=True))
+            except FileNotFoundError as exc:  # a run beside this one has deleted a double
+                _log.info("%s is listed again: %s", self.url, exc)
+        if names:
+            raise StorageError(f"{self.url} cannot be listed: its files keep vanishing")
+        return {}
 
     def forget(self, units: Iterable[str]) -> None:
         """Delete the files of the rows of units."""
