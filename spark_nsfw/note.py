@@ -85,7 +85,7 @@ def read_footers(output: str) -> list[Footer]:
     root, names = list_files(output)
     files = [root + name for name in names if name.endswith(".parquet")]
     if not files:
-        raise InputError(f"{output}: there are no Parquet files")
+        raise InputError(f"{output} does not exist, or has no Parquet files: it is no output")
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(_footer, files))
 

@@ -464,7 +464,9 @@ def test_folders_and_shards_do_not_mix(spark, folder, tmp_path, embedder):
 
     run_into(spark, FilesSource.of(folder), tmp_path / "out", embedder)
     write_shard(folder / "s.tar", [("a", [("jpg", b"x")])])
-    with pytest.raises(JobError, match="kind"):
+    with pytest.raises(
+        JobError, match=r"was made from files, and this input is webdataset \(--input-format\)"
+    ):
         run_into(spark, open_source(folder), tmp_path / "out", embedder)
 
 

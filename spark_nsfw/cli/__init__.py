@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="spark-nsfw", description="Find NSFW images in WebDataset shards with Spark."
+        prog="spark-nsfw", description="Find NSFW images in shards, tables and folders with Spark."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for verb in (score, classify, report, export, models, concepts, inspect):

@@ -158,7 +158,7 @@ class FilesSource:
                 "roots": list(self.inputs.roots),
             },
             "rows": {
-                "suffixes": list(self.inputs.suffixes),
+                "suffixes": sorted({suffix.lower() for suffix in self.inputs.suffixes}),
                 "max_image_bytes": self.max_image_bytes,
             },
         }

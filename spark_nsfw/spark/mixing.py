@@ -94,6 +94,12 @@ def refuse_mixing(output: Output, recipe: Recipe, now: dict[str, Any], allow_cha
         )
     before.setdefault("inputs", now["inputs"])  # notes of older outputs do not have them
     before["inputs"].setdefault("kind", now["inputs"]["kind"])
+    kinds = [note["inputs"]["kind"] for note in (before, now)]
+    if kinds[0] != kinds[1]:
+        raise JobError(
+            f"{output.url} was made from {kinds[0]}, and this input is {kinds[1]} "
+            "(--input-format): give another output, or --overwrite to start anew"
+        )
     before, now = _with_one_name_for_s3(before), _with_one_name_for_s3(now)
     refuse_another_note(
         output.url,
