@@ -195,6 +195,11 @@ def test_rows_of_files_that_are_gone_are_never_given_up(tmp_path):
     source = FilesSource.of(tmp_path)
     keys = {"@aaaaaaaaaaaa": {"1.jpg", "2.jpg"}, "@bbbbbbbbbbbb": {"1.jpg", "3.jpg"}}
     assert source.remaining(source.units(), keys, lambda names: keys) == ([], [])
+    # Nor are their neighbours scored again, whose rows stay with them.
+    write(tmp_path, "5.jpg")
+    keys["@bbbbbbbbbbbb"] |= {"5.jpg"}
+    keys["@aaaaaaaaaaaa"] |= {"6.jpg", "7.jpg"}
+    assert source.remaining(source.units(), keys, lambda names: keys) == ([], [])
 
 
 def test_a_unit_that_was_set_aside_gives_way_once_its_folder_is_planned_anew(tmp_path):

@@ -72,6 +72,15 @@ def test_images_may_be_hugging_faces(tmp_path):
     assert rows[3]["error_message"].startswith(f"{tmp_path}/nowhere.jpg does not exist")
 
 
+def test_what_lies_below_a_null_is_not_read(tmp_path):
+    held = [pa.array([b"stale", b"x"]), pa.array(["a.jpg", None])]
+    mask = pa.array([True, False])
+    images = pa.StructArray.from_arrays(held, fields=[*HUGGING_FACE], mask=mask)
+    source = ParquetSource.open(write(tmp_path / "a.parquet", image=images))
+    found = list(source._images(images, source.units()[0]))
+    assert [image.content for image in found] == [None, b"x"]
+
+
 def test_a_struct_without_paths_is_taken(tmp_path):
     type_ = pa.struct([("bytes", pa.binary())])
     write(tmp_path / "a.parquet", image=pa.array([{"bytes": b"x"}], type_))
@@ -417,6 +426,12 @@ def test_compressed_shards_are_not_passed_over(tmp_path, jpegs, suffix):
     assert re.match(
         r"2 other files, such as .*, are passed over: .*--input-format webdataset", line
     )
+
+
+def test_a_table_without_images_alone_is_refused(tmp_path):
+    write(tmp_path / "b.parquet", url=["a.jpg"])
+    with pytest.raises(InputError, match="no column of images; there are url"):
+        open_source(tmp_path)
 
 
 def test_files_that_are_passed_over_are_told(tmp_path, jpegs):

@@ -198,12 +198,9 @@ class ParquetSource:
         paths: list[str | None] = [None] * len(column)
         if pa.types.is_struct(column.type):
             names = [field.name for field in column.type]
-            contents = column.field("bytes").to_pylist()
+            contents = pc.struct_field(column, "bytes").to_pylist()
             if "path" in names:
-                paths = column.field("path").to_pylist()
-            valid = column.is_valid().to_pylist()
-            contents = [c if ok else None for c, ok in zip(contents, valid, strict=True)]
-            paths = [p if ok else None for p, ok in zip(paths, valid, strict=True)]
+                paths = pc.struct_field(column, "path").to_pylist()
         elif _is_binary(column.type):
             contents = column.to_pylist()
         else:
