@@ -15,6 +15,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from spark_nsfw.schema import Status
+from spark_nsfw.use.summary import counted
 
 __all__ = ["Progress", "ProgressStyle"]
 
@@ -103,7 +104,8 @@ class Progress:
             left = f", {timedelta(seconds=round(seconds))} left"
         return (
             f"{len(self.done):,} of {len(self.units):,} shards done; this run: "
-            f"{self.num_images:,} images scored, {self.num_failed:,} samples failed, "
+            f"{counted(self.num_images, 'image')} scored, "
+            f"{counted(self.num_failed, 'sample')} failed, "
             f"{self.num_images / self.seconds:,.1f} images/s{left}"
         )
 
