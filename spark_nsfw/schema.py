@@ -28,6 +28,7 @@ __all__ = [
     "Status",
     "metadata_schema",
     "sample_schema",
+    "without_image",
 ]
 
 SHARD = "shard"
@@ -105,6 +106,11 @@ def sample_schema(
             pa.field(IMAGE, pa.binary()),
         ]
     )
+
+
+def without_image(samples: pa.Schema) -> pa.Schema:
+    """The columns of a sample row but for ``image``, which travels beside them."""
+    return samples.remove(samples.get_field_index(IMAGE))
 
 
 def metadata_schema(samples: pa.Schema, results: Sequence[pa.Field]) -> pa.Schema:

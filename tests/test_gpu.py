@@ -141,10 +141,8 @@ def test_a_classifier_of_pixels_gives_the_scores_of_a_cpu(tmp_path, jpegs):
 
 @pytest.mark.parametrize("plan", ["fused", "dataframe"])
 def test_the_job_takes_the_gpu_and_gives_the_scorers_rows(
-    tmp_path, shards, detector_path, plan, request
+    spark, tmp_path, shards, detector_path, plan
 ):
-    pytest.importorskip("pyspark")
-    spark = request.getfixturevalue("spark")
     embedder = tower(detector_path, batch_size=16)
     summary = score_into(spark, str(shards), tmp_path / "out", embedder, plan=plan)
     assert summary.provenance["embedder"]["precision"] == "float16"

@@ -214,6 +214,16 @@ def test_a_unit_that_was_set_aside_gives_way_once_its_folder_is_planned_anew(tmp
     assert doubled == [crashed.name]
 
 
+def test_rows_do_not_give_way_to_a_unit_that_was_set_aside(tmp_path):
+    write(tmp_path, "1.jpg", "2.jpg")
+    source = FilesSource.of(tmp_path)
+    (two,) = source.units()
+    write(tmp_path, "3.jpg")
+    (crashed,) = source.units()
+    keys = {two.name: {"1.jpg", "2.jpg"}, crashed.name: set()}
+    assert source.remaining([crashed], keys, lambda names: keys) == ([], [])
+
+
 def test_new_files_of_a_large_folder_are_few_units(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "_FILES_PER_UNIT", 8)
     write(tmp_path, *(f"{i}.jpg" for i in range(64)))
@@ -320,16 +330,24 @@ def test_batches_are_bounded_in_rows_and_bytes(tmp_path, monkeypatch):
     assert sizes() == [3, 3, 3, 1]
 
 
-def test_a_file_that_vanished_is_no_row_but_a_folder_that_vanished_is_an_error(tmp_path):
-    write(tmp_path, "a.jpg", "b.jpg")
+def test_a_file_that_vanished_is_a_row_and_a_folder_that_vanished_is_an_error(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(image_files, "_BATCH_ROWS", 2)
+    write(tmp_path, *(f"{i}.jpg" for i in range(6)))
     source = FilesSource.of(tmp_path)
     (unit,) = source.units()
-    (tmp_path / "a.jpg").unlink()
-    ((rows, images),) = source.read(unit, source.schema())
-    assert (rows["key"].to_pylist(), images) == (["b.jpg"], [b"x"])
-    (tmp_path / "b.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="has none of its 2 files any more"):
-        list(source.read(unit, source.schema()))
+    for name in ("0.jpg", "1.jpg", "2.jpg", "4.jpg"):
+        (tmp_path / name).unlink()
+    batches = list(source.read(unit, source.schema()))
+    keys = [key for rows, _ in batches for key in rows["key"].to_pylist()]
+    assert keys == [*unit.members]  # as its name says: were one back, nobody would look for it
+    statuses = [status for rows, _ in batches for status in rows["status"].to_pylist()]
+    assert statuses == [*["image_missing"] * 3, "ok", "image_missing", "ok"]
+    for name in ("3.jpg", "5.jpg"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match="has none of its 6 files any more"):
+        next(source.read(unit, source.schema()))
 
 
 @pytest.mark.parametrize("url", ["http://h/x.jpg", "12:30.jpg", "x" * 300, "a\0b", "nowhere:/x"])

@@ -1,4 +1,4 @@
-"""Every section of the GPU's benchmark, each with a deadline, in one run of ten minutes.
+"""Every section of the GPU's benchmark, each with a deadline, in one run of ten to fifteen minutes.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --device cpu --model test_vit --embedding-size 768  # to try it out

@@ -16,21 +16,31 @@ from spark_nsfw.errors import InputError, NothingToReadError, ShardUnreadableErr
 from spark_nsfw.note import note_in
 from spark_nsfw.read.layouts import PARTITION, EmbeddingFile, embedding_files, files_of
 from spark_nsfw.read.naming import output_name, spark_type
-from spark_nsfw.read.parquet import footer, iter_batches, merged_schema, open_parquet, widened
+from spark_nsfw.read.parquet import (
+    footer,
+    iter_batches,
+    merged_schema,
+    open_parquet,
+    stand_in,
+    with_own_columns,
+)
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.schema import (
     ERROR_MESSAGE,
-    IMAGE,
     KEY,
     SCHEMA_PARTITION,
     SHARD,
     STATUS,
     Status,
     sample_schema,
+    without_image,
 )
 from spark_nsfw.storage import absolute, is_below, open_input
 
 __all__ = ["EmbeddingSource"]
+
+#: Of a row that stands for a shard.
+_NO_EMBEDDING = pa.nulls(1, pa.list_(pa.float32()))
 
 #: Rows in an Arrow batch: 6 MiB of embeddings of width 768. More fall out of a core's cache.
 _BATCH_ROWS = 2048
@@ -159,8 +169,8 @@ class EmbeddingSource:
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:
         """The columns of its rows, without the embedding."""
-        schema = sample_schema(passthrough=self.own if own is None else own, locations=False)
-        return schema.remove(schema.get_field_index(IMAGE))
+        own = self.own if own is None else own
+        return without_image(sample_schema(passthrough=own, locations=False))
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
         """The rows of a shard, each batch with a list array (N,) of its embeddings.
@@ -182,9 +192,10 @@ class EmbeddingSource:
             except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
                 num_rows += 1
                 message = str(exc) if file.parquet in str(exc) else f"{file.parquet}: {exc}"
-                yield _stand_in(unit, Status.SHARD_UNREADABLE, message, schema)
+                yield stand_in(unit.name, Status.SHARD_UNREADABLE, message, schema), _NO_EMBEDDING
         if not num_rows:
-            yield _stand_in(unit, Status.SHARD_EMPTY, f"{unit.place} has no rows", schema)
+            message = f"{unit.place} has no rows"
+            yield stand_in(unit.name, Status.SHARD_EMPTY, message, schema), _NO_EMBEDDING
 
     def _read(self, file: EmbeddingFile) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
         """Rows, and their embeddings as lists of any float type."""
@@ -218,7 +229,6 @@ class EmbeddingSource:
         self, file: EmbeddingFile, rows: pa.RecordBatch, schema: pa.Schema
     ) -> pa.RecordBatch:
         """The columns of rows, in the order and of the types of the schema."""
-        source_name = {output: name for name, output in self.columns.items()}
         arrays: dict[str, pa.Array] = {
             SHARD: pa.repeat(pa.scalar(file.shard, pa.string()), rows.num_rows),
             KEY: rows.column(self.id_col).cast(pa.string()),
@@ -229,23 +239,7 @@ class EmbeddingSource:
                 if name in rows.schema.names:
                     arrays[name] = rows.column(name).cast(pa.string())
             arrays[STATUS] = pc.fill_null(arrays[STATUS], Status.OK.value)
-        for field in schema:
-            if field.name in arrays:
-                continue
-            own = source_name.get(field.name)
-            arrays[field.name] = (
-                widened(rows.column(own), field.type)
-                if own in rows.schema.names
-                else pa.nulls(rows.num_rows, field.type)
-            )
-        return pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
-
-
-def _stand_in(unit: Unit, status: Status, message: str, schema: pa.Schema) -> Rows:
-    """A row that stands for a unit."""
-    values = {SHARD: unit.name, STATUS: status.value, ERROR_MESSAGE: message}
-    row = pa.RecordBatch.from_pylist([values], schema)
-    return row, pa.nulls(1, pa.list_(pa.float32()))
+        return with_own_columns(arrays, rows, self.columns, schema)
 
 
 def _npy_header(stream: BinaryIO, url: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -8,11 +8,11 @@ and those that are in the output already never move to a new one.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +26,15 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.shards import IMAGE_EXTENSIONS
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
-from spark_nsfw.schema import IMAGE, KEY, SHARD, STATUS, Status, sample_schema
+from spark_nsfw.schema import (
+    ERROR_MESSAGE,
+    KEY,
+    SHARD,
+    STATUS,
+    Status,
+    sample_schema,
+    without_image,
+)
 from spark_nsfw.storage import RetryingFile
 
 __all__ = ["FilesSource", "ReadFile", "read_files", "suffixes_of"]
@@ -44,8 +52,6 @@ _NUM_READERS = 16
 _BATCH_ROWS, _BATCH_BYTES = 256, 32 << 20
 
 _Files = Mapping[str, FileEntry]
-
-_log = logging.getLogger(__name__)
 
 #: Between a directory's path and the digest of a unit's files.
 _MARK = "@"
@@ -109,16 +115,11 @@ def read_files(urls: Iterable[str | None], max_bytes: int = MAX_MEMBER_BYTES) ->
 
     waiting = iter(urls)
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="image-files") as pool:
-        under_way: list[Future[ReadFile]] = []
+        under_way = deque(pool.submit(read, url) for url in islice(waiting, 2 * _NUM_READERS))
         try:
-            while under_way or (first := list(islice(waiting, 1))):
-                if not under_way:
-                    under_way.append(pool.submit(read, first[0]))
-                under_way += [
-                    pool.submit(read, url)
-                    for url in islice(waiting, 2 * _NUM_READERS - len(under_way))
-                ]
-                yield under_way.pop(0).result()
+            while under_way:
+                yield under_way.popleft().result()
+                under_way.extend(pool.submit(read, url) for url in islice(waiting, 1))
         finally:
             for future in under_way:
                 future.cancel()
@@ -152,11 +153,7 @@ class FilesSource:
     def describe(self) -> dict[str, Any]:
         """Kind and roots of the input, and what decides which rows come out."""
         return {
-            "inputs": {
-                "kind": "files",
-                "filesystem": self.inputs.filesystem,
-                "roots": list(self.inputs.roots),
-            },
+            "inputs": self.inputs.describe("files"),
             "rows": {
                 "suffixes": sorted({suffix.lower() for suffix in self.inputs.suffixes}),
                 "max_image_bytes": self.max_image_bytes,
@@ -212,27 +209,31 @@ class FilesSource:
         planned: dict[str, list[Unit]] = {}
         for unit in units:
             planned.setdefault(_directory(unit.name), []).append(unit)
-        stale: dict[str, list[str]] = {}
-        for name in sorted(done - {unit.name for unit in units}):
-            if _directory(name) in planned:
-                stale.setdefault(_directory(name), []).append(name)
-        keys = keys_of([name for names in stale.values() for name in names])
+        changed = {_directory(name) for name in done - {unit.name for unit in units}}
+        done_of: dict[str, list[str]] = {directory: [] for directory in changed & planned.keys()}
+        for name in sorted(done):
+            if _directory(name) in done_of:
+                done_of[_directory(name)].append(name)
+        keys = keys_of([name for names in done_of.values() for name in names])
         left: list[Unit] = []
         doubled: list[str] = []
         for directory, parts in planned.items():
-            here = {name: keys[name] for name in stale.get(directory, ())}
-            here |= {u.name: {*map(_key, u.members)} for u in parts if u.name in done}
-            listed = {_key(name) for part in parts for name in part.members}
-            taken, superfluous = _kept(here, listed)
-            doubled += superfluous
-            new = [n for part in parts for n in part.members if _key(n) not in taken]
-            if stale.get(directory):
-                left += [
-                    replace(parts[0], name=_name(directory, part), members=part)
-                    for part in _parts(new)
-                ]
-            else:
+            if directory not in done_of:
                 left += parts
+                continue
+            # A unit that was set aside has no keys, and nobody else's files.
+            aside = [part for part in parts if part.name in done and not keys[part.name]]
+            names = {name: keys[name] for name in done_of[directory]}
+            for part in aside:
+                del names[part.name]
+            listed = {_key(name) for part in parts for name in part.members}
+            taken, superfluous = _kept(names, listed)
+            doubled += superfluous
+            taken |= {_key(name) for part in aside for name in part.members}
+            new = [name for part in parts for name in part.members if _key(name) not in taken]
+            left += [
+                replace(parts[0], name=_name(directory, part), members=part) for part in _parts(new)
+            ]
         return left, doubled
 
     def unit_named(self, name: str) -> Unit:
@@ -249,11 +250,10 @@ class FilesSource:
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:
         """The columns of its rows, without the image; files bring none of their own."""
-        schema = sample_schema(locations=False)
-        return schema.remove(schema.get_field_index(IMAGE))
+        return without_image(sample_schema(locations=False))
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
-        """The files of a unit, in order of their names; those that are gone are not there.
+        """The files of a unit, in order of their names; one that is gone meanwhile is missing.
 
         Raises:
             FileNotFoundError: all of them are gone.
@@ -264,14 +264,11 @@ class FilesSource:
         read: list[ReadFile] = []
         num_bytes, is_there = 0, False
         for name, file in zip(unit.members, read_files(urls, self.max_image_bytes), strict=True):
-            if file.is_gone:  # not a row: were it back tomorrow, nobody would look at it again
-                _log.warning("%s/%s is gone since it was listed", unit.place, name)
-                continue
-            is_there = True
+            is_there = is_there or not file.is_gone
             keys.append(_key(name))
             read.append(file)
             num_bytes += len(file.content or b"")
-            if len(keys) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
+            if is_there and (len(keys) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES):
                 yield _rows(unit.name, keys, read, schema)
                 keys, read, num_bytes = [], [], 0
         if not is_there:
@@ -291,7 +288,7 @@ def _directory(name: str) -> str:
 
 
 def _kept(done: Mapping[str, set[str]], listed: set[str]) -> tuple[set[str], list[str]]:
-    """What is done of a directory, and the units that are superfluous.
+    """The keys that are done in a directory, and the units that are superfluous.
 
     Two runs that see different files at the same time can leave units with files in common. Which
     of them stay follows from the output alone, and none goes whose files another one has not got.
@@ -318,7 +315,7 @@ def _rows(shard: str, keys: list[str], read: list[ReadFile], schema: pa.Schema) 
         SHARD: [shard] * len(keys),
         KEY: keys,
         STATUS: [file.status.value for file in read],
-        "error_message": [file.error_message for file in read],
+        ERROR_MESSAGE: [file.error_message for file in read],
     }
     arrays = [pa.array(values[name], pa.string()) for name in schema.names]
     return pa.RecordBatch.from_arrays(arrays, schema=schema), [file.content for file in read]

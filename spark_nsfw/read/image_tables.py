@@ -15,11 +15,26 @@ import pyarrow.parquet as pq
 from spark_nsfw.errors import InputError, ShardUnreadableError, StorageError
 from spark_nsfw.read.image_files import ReadFile, read_files
 from spark_nsfw.read.naming import output_name, spark_type
-from spark_nsfw.read.parquet import footer, iter_batches, merged_schema, open_parquet, widened
+from spark_nsfw.read.parquet import (
+    footer,
+    iter_batches,
+    merged_schema,
+    open_parquet,
+    stand_in,
+    with_own_columns,
+)
 from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES
-from spark_nsfw.schema import ERROR_MESSAGE, IMAGE, KEY, SHARD, STATUS, Status, sample_schema
+from spark_nsfw.schema import (
+    ERROR_MESSAGE,
+    KEY,
+    SHARD,
+    STATUS,
+    Status,
+    sample_schema,
+    without_image,
+)
 from spark_nsfw.storage import open_input
 
 __all__ = ["ParquetSource", "has_images"]
@@ -121,11 +136,7 @@ class ParquetSource:
     def describe(self) -> dict[str, Any]:
         """Kind and roots of the input, and what decides which rows come out."""
         return {
-            "inputs": {
-                "kind": "parquet",
-                "filesystem": self.inputs.filesystem,
-                "roots": list(self.inputs.roots),
-            },
+            "inputs": self.inputs.describe("parquet"),
             "rows": {
                 "image_column": self.image_column,
                 "id_col": self.id_col,
@@ -155,8 +166,8 @@ class ParquetSource:
         self, own: Sequence[pa.Field] | None = None, units: Sequence[Unit] | None = None
     ) -> pa.Schema:
         """The columns of its rows, without the image."""
-        schema = sample_schema(passthrough=self.own if own is None else own, locations=False)
-        return schema.remove(schema.get_field_index(IMAGE))
+        own = self.own if own is None else own
+        return without_image(sample_schema(passthrough=own, locations=False))
 
     def read(self, unit: Unit, schema: pa.Schema) -> Iterator[Rows]:
         """The rows of a file, each batch with its rows' encoded images.
@@ -179,10 +190,12 @@ class ParquetSource:
         except (StorageError, FileNotFoundError):
             raise
         except (OSError, pa.ArrowException, ShardUnreadableError) as exc:
-            yield _stand_in(unit, Status.SHARD_UNREADABLE, f"{unit.place}: {exc}", schema)
+            message = f"{unit.place}: {exc}"
+            yield stand_in(unit.name, Status.SHARD_UNREADABLE, message, schema), [None]
         else:
             if not num_rows:
-                yield _stand_in(unit, Status.SHARD_EMPTY, f"{unit.place} has no rows", schema)
+                message = f"{unit.place} has no rows"
+                yield stand_in(unit.name, Status.SHARD_EMPTY, message, schema), [None]
 
     def _needed(self, parquet: pq.ParquetFile) -> list[str]:
         names = parquet.schema_arrow.names
@@ -240,16 +253,7 @@ class ParquetSource:
             # A key is never null: a row without one would pass for a row that stands for the file.
             ids = rows.column(self.id_col).cast(pa.string())
             arrays[KEY] = pc.coalesce(ids, pc.binary_join_element_wise("#", numbers, ""))
-        source_name = {output: name for name, output in self.columns.items()}
-        for field in schema:
-            own = source_name.get(field.name)
-            if field.name not in arrays:
-                arrays[field.name] = (
-                    widened(rows.column(own), field.type)
-                    if own in rows.schema.names
-                    else pa.nulls(count, field.type)
-                )
-        batch = pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
+        batch = with_own_columns(arrays, rows, self.columns, schema)
         return batch, [image.content for image in images]
 
 
@@ -368,9 +372,3 @@ def _image_column(schema: pa.Schema, wanted: str | None, place: str) -> str:
             f"{place}: {' and '.join(chosen)} could each be the images; choose with --image-column"
         )
     return str(chosen[0])
-
-
-def _stand_in(unit: Unit, status: Status, message: str, schema: pa.Schema) -> Rows:
-    """A row that stands for a file."""
-    values = {SHARD: unit.name, STATUS: status.value, ERROR_MESSAGE: message}
-    return pa.RecordBatch.from_pylist([values], schema), [None]

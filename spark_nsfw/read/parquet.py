@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -10,9 +10,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spark_nsfw.errors import InputError, StorageError
+from spark_nsfw.schema import ERROR_MESSAGE, SHARD, STATUS, Status
 from spark_nsfw.storage import open_input
 
-__all__ = ["footer", "iter_batches", "merged_schema", "open_parquet", "widened"]
+__all__ = [
+    "footer",
+    "iter_batches",
+    "merged_schema",
+    "open_parquet",
+    "stand_in",
+    "with_own_columns",
+]
 
 #: Of a column that is read at a time; without it a column of a whole row group would be in memory.
 _BUFFER_BYTES = 8 << 20
@@ -63,10 +71,44 @@ def merged_schema(files: Sequence[str], footers: Sequence[pa.Schema | None]) -> 
     return pa.unify_schemas(schemas, promote_options="permissive")
 
 
-def widened(column: pa.Array, data_type: pa.DataType) -> pa.Array:
+def _widened(column: pa.Array, data_type: pa.DataType) -> pa.Array:
     """A column in a type of Spark's. Nanoseconds, and the digits that a float lacks, are cut."""
     options = pc.CastOptions(data_type, allow_time_truncate=True, allow_float_truncate=True)
     return pc.cast(column, options=options)
+
+
+def with_own_columns(
+    ours: Mapping[str, pa.Array],
+    rows: pa.RecordBatch,
+    columns: Mapping[str, str],
+    schema: pa.Schema,
+) -> pa.RecordBatch:
+    """Rows with the columns of a schema, in its order and types.
+
+    Args:
+        ours: the columns that a source makes, by name.
+        rows: what its file has.
+        columns: source name → name in the output, of the columns that go along; one that the file
+            lacks is null.
+        schema: of the result.
+    """
+    source_name = {output: name for name, output in columns.items()}
+
+    def column(field: pa.Field) -> pa.Array:
+        if field.name in ours:
+            return ours[field.name]
+        name = source_name.get(field.name)
+        if name in rows.schema.names:
+            return _widened(rows.column(name), field.type)
+        return pa.nulls(rows.num_rows, field.type)
+
+    return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
+
+
+def stand_in(shard: str, status: Status, message: str, schema: pa.Schema) -> pa.RecordBatch:
+    """A row that stands for a shard."""
+    values = {SHARD: shard, STATUS: status.value, ERROR_MESSAGE: message}
+    return pa.RecordBatch.from_pylist([values], schema)
 
 
 def open_parquet(stream: BinaryIO) -> pq.ParquetFile:

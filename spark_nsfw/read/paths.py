@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from pyarrow.fs import FileType
 
@@ -73,6 +74,10 @@ class ShardInputs:
     def roots(self) -> tuple[str, ...]:
         """The directories below which shards are named, longest first."""
         return tuple(sorted(self._roots, key=lambda root: (-len(root), root)))
+
+    def describe(self, kind: str) -> dict[str, Any]:
+        """What an output's note says of them: rows of other inputs never mix with theirs."""
+        return {"kind": kind, "filesystem": self.filesystem, "roots": list(self.roots)}
 
     @cached_property
     def _roots(self) -> frozenset[str]:

@@ -24,7 +24,13 @@ from spark_nsfw.read.paths import ShardInputs
 from spark_nsfw.read.sidecar import Sidecar
 from spark_nsfw.read.source import Rows, Unit
 from spark_nsfw.read.tar import MAX_MEMBER_BYTES, Sample, iter_samples
-from spark_nsfw.schema import IMAGE, IMAGE_OFFSET, LOCATION_COLUMNS, Status, sample_schema
+from spark_nsfw.schema import (
+    IMAGE_OFFSET,
+    LOCATION_COLUMNS,
+    Status,
+    sample_schema,
+    without_image,
+)
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -177,7 +183,7 @@ def _record_batch(
         arrays += [pa.array(numbers, pa.int64()) for numbers in zip(*rows.locations, strict=True)]
     arrays.append(pa.array(rows.statuses, pa.string()))
     arrays.append(pa.array(rows.messages, pa.string()))
-    return pa.RecordBatch.from_arrays(arrays, schema=_without_image(options.schema))
+    return pa.RecordBatch.from_arrays(arrays, schema=without_image(options.schema))
 
 
 @dataclass(frozen=True)
@@ -197,11 +203,7 @@ class ShardSource:
     def describe(self) -> dict[str, Any]:
         """Kind and roots of the input, and what decides which rows come out."""
         return {
-            "inputs": {
-                "kind": "webdataset",
-                "filesystem": self.inputs.filesystem,
-                "roots": list(self.inputs.roots),
-            },
+            "inputs": self.inputs.describe("webdataset"),
             "rows": {
                 "columns": None if self.columns is None else list(self.columns),
                 "captions": self.options.captions,
@@ -256,7 +258,7 @@ class ShardSource:
             except ShardUnreadableError as exc:
                 raise InputError(str(exc)) from exc
         passthrough = [column for column in own if column.name not in LOCATION_COLUMNS]
-        return _without_image(
+        return without_image(
             sample_schema(
                 captions=self.options.captions, passthrough=passthrough, locations=locations
             )
@@ -273,7 +275,3 @@ class ShardSource:
         own = tuple(column for column in schema if column.name not in ours)
         options = replace(self.options, passthrough=own, locations=IMAGE_OFFSET in schema.names)
         return iter_sample_rows([(unit.place, unit.name)], options)
-
-
-def _without_image(schema: pa.Schema) -> pa.Schema:
-    return schema.remove(schema.get_field_index(IMAGE))

@@ -1,7 +1,7 @@
 """Where samples come from: a source is a set of units, and a way to read one of them.
 
-A unit is what a run has done or not done as a whole: a tar, or a file of stored
-embeddings. Its name is never renumbered; it is the column ``shard`` of the metadata.
+A unit is what a run has done or not done as a whole: a tar, a Parquet file, a folder, or a
+file of stored embeddings. Its name is never renumbered; it is the column ``shard`` of the metadata.
 """
 
 from __future__ import annotations

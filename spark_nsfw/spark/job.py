@@ -186,7 +186,7 @@ def _begin(
     refuse_mixing(output, recipe, note, options.allow_changes)
     assert existing is not None
     schema = source.schema(_own_columns(existing, recipe, note))
-    progress = Progress((), style=options.progress, report=report)
+    progress = Progress(style=options.progress, report=report)
     return Run(spark, source, recipe, output, options, stop, note, schema, progress)
 
 

@@ -29,7 +29,6 @@ class Progress:
     """Counts what the waves wrote, and tells.
 
     Args:
-        units: names of those that the source has.
         style: ``lines`` tells a line per wave, ``json`` a JSON object per wave; ``auto`` is
             ``lines``, and on a terminal keeps a line about the wave under way below them.
         report: is given the lines; by default they go to stderr.
@@ -37,11 +36,10 @@ class Progress:
 
     def __init__(
         self,
-        units: Iterable[str],
         style: ProgressStyle = "auto",
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self.units = set(units)
+        self.units: set[str] = set()
         self.done: set[str] = set()
         self.num_new_units = 0
         self.num_waves = 0
@@ -69,7 +67,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def know(self, units: Iterable[str]) -> None:
-        """Count units that came later."""
+        """Count units."""
         self.units.update(units)
 
     def forget(self, units: Iterable[str]) -> None:
