@@ -171,7 +171,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-format",
         choices=["webdataset", "parquet", "files"],
         help="tar shards, Parquet files with a column of images, or image files (default: the "
-        "first of these that lies there)",
+        "first of these that is found)",
     )
     rows.add_argument(
         "--image-column",

@@ -1,4 +1,4 @@
-"""INPUT → its source: shards, image files or Parquet, by what lies there or by what a user says."""
+"""INPUT → its source: shards, image files or Parquet, by what is there or by what a user says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InputOptions:
     """How an input is read; what does not apply to its format is refused.
 
     Attributes:
-        format: one of `INPUT_FORMATS`; None looks what lies there.
+        format: one of `INPUT_FORMATS`; None chooses by what is there.
         image_column: of Parquet; None takes the one that can hold images.
         id_col: column of the samples' ids; None takes ``key`` where there is one.
         columns: which of the dataset's own columns to keep; None keeps all, () none.
@@ -120,7 +120,7 @@ def _refuse_options(format_: str, options: InputOptions) -> None:
 
 
 def _format_of(paths: _Paths, options: InputOptions, tell: Callable[[str], None]) -> str:
-    """What lies there, or is named.
+    """The format of what is there, or of what is named.
 
     Raises:
         NothingToReadError: a place with nothing that can be read.
@@ -160,8 +160,6 @@ def _format_of(paths: _Paths, options: InputOptions, tell: Callable[[str], None]
     chosen = next(format_ for format_ in INPUT_FORMATS if of[format_])
     passed_over = [*compressed, *(of["files"] if chosen != "files" else [])]
     if passed_over:
-        tell(
-            f"{len(passed_over):,} other files, such as {passed_over[0]}, are passed over: this is "
-            f"read as --input-format {chosen}"
-        )
+        others = f" and {len(passed_over) - 1:,} more" if len(passed_over) > 1 else ""
+        tell(f"reading as --input-format {chosen}; passed over: {passed_over[0]}{others}")
     return chosen
